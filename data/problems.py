@@ -1,0 +1,106 @@
+"""Problems: read, check and write them. A dataset is a JSONL file in one of three spellings; public files fit as they are:
+
+    {"question": "...", "answer": 24, "rationale": "48/2 = <<48/2=24>>24 clips\\n#### 24"}
+    {"question": "...", "answer": "48/2 = <<48/2=24>>24 clips\\n#### 24"}     GSM8K; the paper's split adds `ans`
+    {"question": "...", "ans": 24.0}                                         MultiArith, ASDiv, SVAMP
+
+One bad line refuses the whole file: skipping it would change the training set without a word. Left out: writing a rationale
+for T5 (tokenizer.py), finding the answer in a model's rationale (selftrain.py).
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+NUMBER = re.compile(r"-?([0-9][0-9,]*\.?[0-9]*|\.[0-9]+)")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, its gold answer and, if a human wrote one, the rationale in GSM8K's raw text with its `#### 24` line."""
+
+    question: str
+    answer: float
+    rationale: str | None = None
+
+
+def load_problems(path: str | Path) -> list[Problem]:
+    """Read a dataset. Raises ValueError for an empty file or a bad line, FileNotFoundError for a missing file."""
+    problems = _parse_lines(path, _to_problem)
+    if not problems:
+        raise ValueError(f"{path} holds no problem; write one JSON object per line, with question and answer.")
+    return problems
+
+
+def save_problems(problems: Iterable[Problem], path: str | Path) -> None:
+    """Write problems so that `load_problems` gives them back."""
+    write_jsonl(({k: v for k, v in asdict(problem).items() if v is not None} for problem in problems), path)
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Read a file of one JSON object per line. Raises ValueError or FileNotFoundError as `load_problems` does."""
+    return _parse_lines(path, dict)
+
+
+def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
+    """Write one JSON object per line; the same rows always give the same bytes."""
+    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write `text` (UTF-8) beside `path` and rename it into place, so that no reader ever meets half a file."""
+    partial = Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may keep the new name and lose the text
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # after a failure, Ctrl-C included; after success it is gone already
+
+
+def _parse_lines(path: str | Path, parse: Callable) -> list:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}; check the path, or run `python -m data.sources` for public data.")
+    parsed = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        try:
+            text = line.decode("utf-8-sig").strip()  # -sig: some editors begin a file with a byte order mark
+            if text:
+                row = json.loads(text)
+                if not isinstance(row, dict):
+                    raise ValueError("not a JSON object")
+                parsed.append(parse(row))
+        except (ValueError, OverflowError, RecursionError) as error:  # bad bytes, huge integers, endless brackets
+            raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from None  # msg: JSON's reason alone
+    return parsed
+
+
+def _to_problem(row: dict) -> Problem:
+    question, answer, rationale = row.get("question"), row.get("answer"), row.get("rationale")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("the question must be text, and not empty")
+    if isinstance(answer, str):  # GSM8K keeps the rationale here
+        if rationale is not None:
+            raise ValueError("both a rationale and an answer in words; keep one of them")
+        rationale, answer = answer, _final_number(answer)
+    answer = row.get("ans", answer)
+    if isinstance(answer, bool) or not isinstance(answer, (int, float)) or not math.isfinite(answer):
+        raise ValueError(f"the answer must be a finite number, not {answer!r:.40}")
+    if rationale is not None and abs(_final_number(rationale) - answer) >= 1e-4:
+        raise ValueError(f"the rationale ends in another number than the answer, {answer}")
+    f"{question}{rationale}".encode()  # refuses half a surrogate pair, which JSON can spell and no file can hold
+    return Problem(question, float(answer), rationale)
+
+
+def _final_number(rationale: object) -> float:
+    _, marker, end = rationale.rpartition("####") if isinstance(rationale, str) else ("", "", "")
+    if not marker or not NUMBER.fullmatch(end.strip()):
+        raise ValueError('a rationale, or an answer in words, must be text that ends in "#### NUMBER"')
+    return float(end.replace(",", ""))

@@ -1,0 +1,161 @@
+"""Direct preference optimisation (Rafailov et al., 2023; paper, section 2, eq. 5), written by hand.
+
+What is here: the log-probability of a rationale, the loss, reference log-probabilities computed once, and the training
+stage. What is left out: how pairs are made (selftrain.py), other preference losses, label smoothing.
+
+    python dpo.py        # one pair worked by hand
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from model import T5
+from sft import IGNORE, MAX_SOURCE, MAX_TARGET, Schedule, micro_batches, print_log, token_logps, train
+from tokenizer import Tokenizer, pad_batch
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A question with a rationale that reaches its answer and one that does not."""
+
+    question: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """A preference pair as ids, each ending in EOS, and the reference's log-probabilities of both sides."""
+
+    input_ids: tuple[int, ...]
+    chosen: list[int]
+    rejected: list[int]
+    reference_chosen_logp: float = math.nan
+    reference_rejected_logp: float = math.nan
+
+    def __len__(self) -> int:
+        return len(self.input_ids) + len(self.chosen) + len(self.rejected)
+
+
+def make_pair_examples(pairs: Sequence[PreferencePair], tokenizer: Tokenizer) -> list[PairExample]:
+    return [
+        PairExample(
+            tuple(tokenizer.encode(pair.question, MAX_SOURCE)),
+            tokenizer.encode(pair.chosen, MAX_TARGET),
+            tokenizer.encode(pair.rejected, MAX_TARGET),
+        )
+        for pair in pairs
+    ]
+
+
+def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
+    """log pi(y|x) of the chosen and of the rejected rationales, each (B,) fp32.
+
+    A SUM over target tokens, EOS included and padding excluded: the loss compares whole rationales, so a mean would
+    favour long ones. Nothing is shifted here: the decoder's inputs already are, unlike in decoder-only code.
+    Every distinct question is encoded once, whatever the number of its pairs and sides.
+    """
+    questions = list(dict.fromkeys(pair.input_ids for pair in pairs))
+    input_ids, attention_mask = (t.to(model.device) for t in pad_batch([list(ids) for ids in questions]))
+    rows = torch.tensor([questions.index(pair.input_ids) for pair in pairs] * 2, device=model.device)  # (2B,)
+    labels, _ = pad_batch([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], IGNORE)
+    states = model.encode(input_ids, attention_mask)
+    logps = token_logps(model, states[rows], attention_mask[rows], labels.to(model.device)).sum(-1)  # (2B,)
+    return logps.chunk(2)
+
+
+def dpo_loss(
+    chosen_logps: Tensor, rejected_logps: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, chosen rewards and rejected rewards per pair, from four log-probabilities per pair, all (B,).
+
+        r(y|x) = beta * (log pi(y|x) - log pi_ref(y|x)),    loss = -log sigmoid(r(y_w|x) - r(y_l|x))
+
+    Source: paper, section 2, eq. 5.
+    """
+    chosen_rewards = beta * (chosen_logps - reference_chosen)
+    rejected_rewards = beta * (rejected_logps - reference_rejected)
+    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+
+
+def pair_loss(model: T5, pairs: Sequence[PairExample], beta: float) -> dict[str, Tensor]:
+    """The loss of some pairs and the numbers that explain it, each summed over the pairs."""
+    references = torch.tensor([(p.reference_chosen_logp, p.reference_rejected_logp) for p in pairs], device=model.device)
+    losses, chosen, rejected = dpo_loss(*sequence_logps(model, pairs), *references.unbind(-1), beta)
+    return {
+        "loss": losses.sum(),
+        "chosen_rewards": chosen.sum(),
+        "rejected_rewards": rejected.sum(),
+        "reward_margin": (chosen - rejected).sum(),
+        "reward_accuracy": (chosen > rejected).float().sum(),
+    }
+
+
+@torch.no_grad()
+def add_reference_logps(reference: T5, pairs: Sequence[PairExample], max_tokens: int) -> list[PairExample]:
+    """Score every pair with the reference once, before training, dropout off: no second model is held afterwards."""
+    reference.eval()
+    scored = {}
+    for piece in tqdm(micro_batches(pairs, max_tokens), desc="reference", unit="batch", disable=None):
+        with torch.autocast(reference.device.type, torch.bfloat16, enabled=reference.device.type == "cuda"):
+            chosen, rejected = sequence_logps(reference, piece)
+        for pair, c, r in zip(piece, chosen.tolist(), rejected.tolist()):
+            scored[id(pair)] = replace(pair, reference_chosen_logp=c, reference_rejected_logp=r)
+    return [scored[id(pair)] for pair in pairs]
+
+
+@torch.no_grad()
+def score(model: T5, pairs: Sequence[PairExample], beta: float, max_tokens: int) -> dict[str, float]:
+    """Mean loss, rewards, margin and accuracy over pairs, without training on them; {} without pairs."""
+    sums: dict[str, float] = {}
+    for piece in micro_batches(pairs, max_tokens):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            terms = pair_loss(model, piece, beta)
+        sums = {key: sums.get(key, 0.0) + value.item() for key, value in terms.items()}
+    return {key: value / len(pairs) for key, value in sums.items()}
+
+
+def train_dpo(
+    policy: T5,
+    pairs: Sequence[PairExample],
+    held_out: Sequence[PairExample],
+    n_steps: int,
+    beta: float,
+    schedule: Schedule,
+    name: str = "DPO",
+    log: Callable[[dict], None] = print_log,
+) -> T5:
+    """Train the policy in place for n_steps optimiser steps; it is its own reference at the start.
+
+    Dropout stays off, so that policy and reference agree exactly and the first loss is log 2.
+    DIFFERS: rewards are also measured on held_out pairs; the authors' code scores pairs it trains on.
+    """
+    budget = schedule.micro_batch_tokens
+    pairs, held_out = add_reference_logps(policy, pairs, budget), add_reference_logps(policy, held_out, budget)
+
+    def watch() -> dict[str, float]:
+        return {f"held_out_{key}": value for key, value in score(policy, held_out, beta, budget).items()}
+
+    return train(
+        policy, pairs, n_steps, lambda model, piece: pair_loss(model, piece, beta), lambda pair: 1, schedule, name,
+        dropout=False, watch=watch, log=log,
+    )  # fmt: skip
+
+
+def main() -> None:
+    logps = torch.tensor([-11.0]), torch.tensor([-14.0]), torch.tensor([-12.0]), torch.tensor([-13.0])
+    loss, chosen, rejected = dpo_loss(*logps, beta=0.1)
+    print("log pi(chosen) -11, reference -12; log pi(rejected) -14, reference -13; beta 0.1")
+    print(f"chosen reward   0.1 * (-11 + 12) = {chosen.item():+.2f}")
+    print(f"rejected reward 0.1 * (-14 + 13) = {rejected.item():+.2f}")
+    print(f"loss -log sigmoid({(chosen - rejected).item():.2f}) = {loss.item():.4f}, before training log 2 = {math.log(2):.4f}")
+
+
+if __name__ == "__main__":
+    main()

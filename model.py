@@ -1,0 +1,518 @@
+"""Flan-T5 in plain PyTorch: the encoder-decoder that DPO-ST trains (paper, section 4.2).
+
+What is here: the T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), a key-value cache for decoding one token
+at a time, and reading and writing of checkpoints in the public layout.
+What is left out: losses, sampling, text, half precision (fp16 overflows in T5), beam search, model parallelism.
+
+Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K d_kv, V vocabulary, W cached positions.
+
+    python model.py base        # a shape trace and the parameter count of a size
+"""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+START_ID = 0  # the decoder's first input: T5 starts from the padding id
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """The numbers that define a T5 v1.1 model. Lengths are in tokens, widths in features."""
+
+    d_model: int  # width of the residual stream
+    d_ff: int  # inner width of the feed-forward layers
+    n_heads: int
+    n_layers: int  # blocks in the encoder, and again in the decoder
+    d_kv: int = 64  # width of one head; n_heads * d_kv need not equal d_model
+    vocab_size: int = 32128
+    n_buckets: int = 32  # relative position buckets
+    max_distance: int = 128  # distances beyond this share the last bucket
+    dropout: float = 0.1
+    epsilon: float = 1e-6
+
+
+SIZES = {
+    "tiny": T5Config(d_model=128, d_ff=256, n_heads=4, n_layers=2, d_kv=32, vocab_size=512),
+    "small": T5Config(d_model=512, d_ff=1024, n_heads=6, n_layers=8),
+    "base": T5Config(d_model=768, d_ff=2048, n_heads=12, n_layers=12),
+    "large": T5Config(d_model=1024, d_ff=2816, n_heads=16, n_layers=24),
+    "xl": T5Config(d_model=2048, d_ff=5120, n_heads=32, n_layers=24),
+    "xxl": T5Config(d_model=4096, d_ff=10240, n_heads=64, n_layers=24),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- layers
+
+
+class RMSNorm(nn.Module):
+    """Scale x (..., D) to unit root mean square: no mean is subtracted and no bias added. Computed in fp32."""
+
+    def __init__(self, size: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.epsilon).to(self.weight.dtype)
+
+
+def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets: int, max_distance: int) -> Tensor:
+    """Sort signed distances (key position - query position, int64) into buckets 0..n_buckets-1, same shape.
+
+    The nearest half of the buckets hold one distance each; the others grow logarithmically up to max_distance.
+    The encoder looks both ways, so it spends half of its buckets on keys to the right; the decoder never sees those.
+    Source: Raffel et al. (2020), section 2.1.
+    """
+    if bidirectional:
+        n_buckets //= 2
+        offset = (distance > 0) * n_buckets
+        distance = distance.abs()
+    else:
+        offset = 0
+        distance = (-distance).clamp(min=0)
+    exact = n_buckets // 2
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + growth * (n_buckets - exact)).long().clamp(max=n_buckets - 1)
+    return offset + torch.where(distance < exact, distance, far)
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases. Keys and values come from outside, so one class serves three uses:
+    encoder self-attention, decoder self-attention (whole or one cached step) and cross-attention."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        inner = config.n_heads * config.d_kv
+        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, H*K) -> (B, H, T, K)
+
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Project states (B, S, D) to keys and values, each (B, H, S, K)."""
+        return self.split(self.k(states)), self.split(self.v(states))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Mix values into x (B, T, D). bias: added to the scores, broadcast to (B, H, T, S); it also masks."""
+        queries = self.split(self.q(x))
+        # scale=1: T5 has no 1/sqrt(K) here, its initialisation of q carries that factor instead.
+        mixed = F.scaled_dot_product_attention(
+            queries, keys, values, bias.to(queries.dtype), self.dropout if self.training else 0.0, scale=1.0
+        )
+        return self.o(mixed.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class GatedFeedForward(nn.Module):
+    """down(gelu(gate(x)) * up(x)), with the tanh approximation of GELU. Source: Shazeer (2020), GEGLU."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.dropout(F.gelu(self.gate(x), approximate="tanh") * self.up(x)))
+
+
+class EncoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): the norm sits inside the residual branch."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.self_attention_norm = RMSNorm(config.d_model, config.epsilon)
+        self.self_attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.epsilon)
+        self.feed_forward = GatedFeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        h = self.self_attention_norm(x)
+        x = x + self.dropout(self.self_attention(h, *self.self_attention.keys_values(h), bias))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class DecoderBlock(EncoderBlock):
+    """An encoder block with cross-attention to the source between its two halves."""
+
+    def __init__(self, config: T5Config):
+        super().__init__(config)
+        self.cross_attention_norm = RMSNorm(config.d_model, config.epsilon)
+        self.cross_attention = Attention(config)
+
+    def forward(self, x: Tensor, bias: Tensor, source_bias: Tensor, states: Tensor | None, cache=None, layer=0) -> Tensor:
+        """x (B, T, D); the source comes as encoder states (B, S, D), or from layer `layer` of a KVCache (then T = 1)."""
+        h = self.self_attention_norm(x)
+        keys, values = self.self_attention.keys_values(h)
+        if cache:
+            keys, values = cache.append(layer, keys, values)
+        x = x + self.dropout(self.self_attention(h, keys, values, bias))
+        # No position bias in cross-attention: source_bias holds only the padding mask.
+        keys, values = cache.of_question(layer) if cache else self.cross_attention.keys_values(states)
+        x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), keys, values, source_bias))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Stack(nn.Module):
+    """The blocks of one side, their shared relative position bias, and the final norm."""
+
+    def __init__(self, config: T5Config, block: type[nn.Module], bidirectional: bool):
+        super().__init__()
+        self.config, self.bidirectional = config, bidirectional
+        # The public checkpoints keep this table in their first block; all blocks of the stack add the same bias.
+        self.relative_bias = nn.Embedding(config.n_buckets, config.n_heads)
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
+        self.final_norm = RMSNorm(config.d_model, config.epsilon)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def position_bias(self, distance: Tensor) -> Tensor:
+        """Bias for signed distances (T, S) between key and query -> (1, H, T, S)."""
+        config = self.config
+        buckets = relative_position_bucket(distance, self.bidirectional, config.n_buckets, config.max_distance)
+        return self.relative_bias(buckets).permute(2, 0, 1)[None]
+
+
+def mask_to_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """True -> 0, False -> the lowest number (not -inf, which would turn a row without any True into NaN)."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def shift_right(labels: Tensor) -> Tensor:
+    """Make decoder inputs from labels (B, T) int64: start with START_ID, drop the last, ignored positions -> 0.
+
+    Position t of the decoder therefore sees label t-1 and predicts label t: nothing downstream shifts again.
+    """
+    return F.pad(labels, (1, -1), value=START_ID).clamp(min=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+
+class T5(nn.Module):
+    """Flan-T5: `encode` a question once, then `decode` a whole target or `step` through it token by token."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)  # used by both stacks, NOT by the head
+        self.encoder = Stack(config, EncoderBlock, bidirectional=True)
+        self.decoder = Stack(config, DecoderBlock, bidirectional=False)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.apply(self.initialise)
+
+    def initialise(self, module: nn.Module) -> None:
+        """Random start by fan-in. q is smaller by 1/sqrt(K), the factor that the attention scores lack."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1.0 if module is getattr(self, "shared", None) else 0.1)
+        elif isinstance(module, Attention):
+            module.q.weight.data.mul_(self.config.d_kv**-0.5)
+
+    @property
+    def device(self) -> torch.device:
+        return self.shared.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shared.weight.dtype
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Read questions: input_ids, attention_mask (B, S) int64, mask 1 on real tokens -> states (B, S, D)."""
+        stack, positions = self.encoder, torch.arange(input_ids.shape[1], device=input_ids.device)
+        bias = stack.position_bias(positions[None, :] - positions[:, None])  # (1, H, S, S)
+        bias = bias + mask_to_bias(attention_mask.bool(), bias.dtype)[:, None, None]  # (B, H, S, S)
+        x = stack.dropout(self.shared(input_ids))
+        for block in stack.blocks:
+            x = block(x, bias)
+        return stack.dropout(stack.final_norm(x))
+
+    def decode(self, decoder_input_ids: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run the whole target at once: ids (B, T), states (B, S, D) -> hidden (B, T, D), ready for `lm_head`."""
+        stack, positions = self.decoder, torch.arange(decoder_input_ids.shape[1], device=states.device)
+        distance = positions[None, :] - positions[:, None]
+        bias = stack.position_bias(distance) + mask_to_bias(distance <= 0, self.dtype)  # (1, H, T, T)
+        source_bias = mask_to_bias(attention_mask.bool(), self.dtype)[:, None, None]  # (B, 1, 1, S)
+        x = stack.dropout(self.shared(decoder_input_ids))
+        for block in stack.blocks:
+            x = block(x, bias, source_bias, states)
+        return stack.dropout(stack.final_norm(x))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        """Predict every next token: (B, S), (B, S), (B, T) int64 -> logits (B, T, V)."""
+        return self.lm_head(self.decode(decoder_input_ids, self.encode(input_ids, attention_mask), attention_mask))
+
+    def cross_keys_values(self, states: Tensor) -> Tensor:
+        """Every decoder layer's keys and values of encoder states (B, S, D) -> (layers, 2, B, H, S, K)."""
+        pairs = [torch.stack(block.cross_attention.keys_values(states)) for block in self.decoder.blocks]
+        return torch.stack(pairs)
+
+    def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
+        """Advance every slot of the cache by one token: ids (B,) int64 -> logits (B, V) for the token after it."""
+        bias, source_bias = cache.advance()
+        x = self.shared(ids)[:, None]  # (B, 1, D)
+        for layer, block in enumerate(self.decoder.blocks):
+            x = block(x, bias, source_bias, None, cache, layer)
+        return self.lm_head(self.decoder.final_norm(x))[:, 0]
+
+
+class KVCache:
+    """Keys and values of B slots that share one clock.
+
+    T5 knows distances only, never absolute positions. So sequences of one batch may start at different times and still
+    write to the same place of a tape at each step and share one row of position bias; a mask hides from each slot what
+    lies before its own birth. A finished slot goes to the next question at once, without moving the others.
+
+    Numbers held: 2 * n_layers * n_slots * H * K * (max_new_tokens + SLACK + source_length).
+    """
+
+    SLACK = 64  # the tape is this much longer than one sequence, so that it is wound back only once in so many steps
+
+    def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int):
+        c, like = model.config, model.shared.weight.detach()
+        self.length = max_new_tokens + self.SLACK
+        self.tape = like.new_zeros(c.n_layers, 2, n_slots, c.n_heads, self.length, c.d_kv)
+        self.cross = like.new_zeros(c.n_layers, 2, n_slots, c.n_heads, source_length, c.d_kv)
+        self.births = torch.zeros(n_slots, dtype=torch.long, device=like.device)  # each slot's first place on the tape
+        self.source_lengths = torch.zeros_like(self.births)
+        self.clock = self.start = self.width = 0  # live are tape[start:clock] and the first `width` source positions
+        self.positions = torch.arange(max(self.length, source_length), device=like.device)
+        # The newest position is last: distances max_new_tokens-1, ..., 1, 0. A window takes as many as it needs.
+        self.bias = model.decoder.position_bias(self.positions[None, :max_new_tokens] - max_new_tokens + 1)
+
+    def admit(self, slot: int, cross: Tensor, source_length: int) -> None:
+        """Give a slot to a new sequence; cross: its question's keys and values (layers, 2, H, >= source_length, K)."""
+        self.tape[:, :, slot], self.cross[:, :, slot] = 0, 0  # nothing of the old tenant stays, not even masked
+        self.cross[:, :, slot, :, :source_length] = cross[..., :source_length, :]
+        self.births[slot], self.source_lengths[slot] = self.clock, source_length
+
+    def fit(self, oldest: int, width: int) -> None:
+        """Narrow the window: `oldest` is the age of the oldest live slot, `width` its longest question (tokens)."""
+        self.start, self.width = self.clock - oldest, width
+
+    def advance(self) -> tuple[Tensor, Tensor]:
+        """Move the clock on by one. Return the self bias (B, H, 1, W) and the cross bias (B, 1, 1, width)."""
+        if self.clock == self.length:  # the end of the tape: wind the live window back to its beginning
+            for layer in self.tape:
+                layer[..., : self.clock - self.start, :] = layer[..., self.start :, :].clone()
+            self.births -= self.start
+            self.clock, self.start = self.clock - self.start, 0
+        self.clock += 1
+        seen = self.positions[self.start : self.clock] >= self.births[:, None]  # (B, W)
+        real = self.positions[: self.width] < self.source_lengths[:, None]  # (B, width)
+        bias = self.bias[..., self.bias.shape[-1] - seen.shape[-1] :]  # (1, H, 1, W)
+        return bias + mask_to_bias(seen, bias.dtype)[:, None, None], mask_to_bias(real, bias.dtype)[:, None, None]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this step's keys and values (B, H, 1, K); return those of the live window, each (B, H, W, K)."""
+        tape = self.tape[layer]
+        tape[0, :, :, self.clock - 1], tape[1, :, :, self.clock - 1] = keys[:, :, 0], values[:, :, 0]
+        return tape[..., self.start : self.clock, :].unbind()
+
+    def of_question(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.cross[layer, ..., : self.width, :].unbind()
+
+    def keep(self, slots: list[int]) -> None:
+        """Drop all other slots, so that the last few sequences do not drag an empty batch along."""
+        self.births, self.source_lengths = self.births[slots], self.source_lengths[slots]
+        self.tape, self.cross = self.tape[:, :, slots], self.cross[:, :, slots]
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+UNUSED_NAME = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in some old T5 files
+PUBLIC_NAMES = {  # T5Config's name -> the name in config.json
+    "d_model": "d_model", "d_ff": "d_ff", "n_heads": "num_heads", "n_layers": "num_layers", "d_kv": "d_kv",
+    "vocab_size": "vocab_size", "n_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance", "dropout": "dropout_rate", "epsilon": "layer_norm_epsilon",
+}  # fmt: skip
+
+
+def checkpoint_name(name: str) -> str:
+    """Translate a parameter's name here to its name in the public checkpoints."""
+    feed_forward = "layer.1" if name.startswith("encoder") else "layer.2"
+    for ours, theirs in (
+        (".relative_bias.", ".block.0.layer.0.SelfAttention.relative_attention_bias."),
+        (".final_norm.", ".final_layer_norm."),
+        (".blocks.", ".block."),
+        (".self_attention_norm.", ".layer.0.layer_norm."),
+        (".self_attention.", ".layer.0.SelfAttention."),
+        (".cross_attention_norm.", ".layer.1.layer_norm."),
+        (".cross_attention.", ".layer.1.EncDecAttention."),
+        (".feed_forward_norm.", f".{feed_forward}.layer_norm."),
+        (".feed_forward.gate.", f".{feed_forward}.DenseReluDense.wi_0."),
+        (".feed_forward.up.", f".{feed_forward}.DenseReluDense.wi_1."),
+        (".feed_forward.down.", f".{feed_forward}.DenseReluDense.wo."),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def read_json(path: Path) -> dict:
+    """Read one JSON object. Raises FileNotFoundError or ValueError, naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} does not exist: name a folder that holds a Flan-T5 checkpoint") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not readable JSON: delete it and fetch the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def read_config(folder: Path) -> T5Config:
+    """Read config.json (public field names). Raises ValueError if it describes anything but a Flan-T5."""
+    path = Path(folder) / "config.json"
+    fields = read_json(path)
+    n_layers = fields.get("num_layers")
+    for name, wanted, default in (
+        ("model_type", "t5", None),
+        ("feed_forward_proj", "gated-gelu", "relu"),  # the defaults are those of T5 1.0
+        ("tie_word_embeddings", False, True),
+        ("num_decoder_layers", n_layers, n_layers),
+    ):
+        if fields.get(name, default) != wanted:
+            found = fields.get(name, default)
+            raise ValueError(f"{path} has {name} = {found!r}, not {wanted!r}: only Flan-T5 (T5 v1.1) is supported")
+    values = {ours: fields.get(theirs, getattr(T5Config, ours, None)) for ours, theirs in PUBLIC_NAMES.items()}
+    for ours, value in values.items():
+        fraction = ours in ("dropout", "epsilon")
+        if type(value) not in ((int, float) if fraction else (int,)) or not 0 <= value < (1 if fraction else 2**24):
+            raise ValueError(f"{path} has {PUBLIC_NAMES[ours]} = {value!r}, which no Flan-T5 has")
+    return T5Config(**values)
+
+
+def read_tensor_file(path: Path) -> dict[str, Tensor]:
+    """Read one weight file without running any code in it. Raises FileNotFoundError or ValueError, naming it."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: fetch the checkpoint again")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
+    except Exception as error:  # each kind of damage has its own exception type, from four libraries
+        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is truncated, damaged or not a checkpoint ({reason}): fetch it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} does not hold a table of named tensors: it is not a checkpoint")
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Find a checkpoint's weight files: .safetensors if that package is there, else .bin; one file or shards."""
+    found = []
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            found.append([folder / name])
+        elif index.exists():
+            shards = read_json(index).get("weight_map")
+            # Plain file names only: an index must not reach outside its own folder.
+            if not isinstance(shards, dict) or any(str(s) in ("", "..") or Path(str(s)).name != s for s in shards.values()):
+                raise ValueError(f"{index} does not list this folder's weight files: fetch the checkpoint again")
+            found.append([folder / shard for shard in sorted(set(shards.values()))])
+    if not found:
+        raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin: not a checkpoint")
+    return found[0] if importlib.util.find_spec("safetensors") else found[-1]
+
+
+def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
+    """Build a T5 from a folder in the public layout: config.json and the weights, stored in fp32, bf16 or fp16.
+
+    Every tensor of the checkpoint must be used exactly once, with the shape that config.json implies.
+    The model comes back in evaluation mode (no dropout).
+
+    Raises: FileNotFoundError for a missing file; ValueError for a damaged or foreign file, another architecture, a
+        missing, unexpected or misshapen tensor, or dtype fp16. Each in one sentence that names the culprit.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{dtype} is not supported: T5 overflows in fp16, use torch.float32 or torch.bfloat16")
+    folder = Path(folder)
+    with torch.device("meta"):  # no memory and no random start for weights that are replaced at once
+        model = T5(read_config(folder))
+    wanted = {checkpoint_name(name): (name, parameter) for name, parameter in model.state_dict().items()}
+    state, embeddings = {}, {}
+    for path in weight_files(folder):
+        for name, tensor in read_tensor_file(path).items():
+            if name == UNUSED_NAME:
+                continue
+            if name in EMBEDDING_NAMES:  # one embedding under up to three names
+                embeddings[name], name = tensor, EMBEDDING_NAMES[0]
+                if not torch.equal(tensor, next(iter(embeddings.values()))):
+                    raise ValueError(f"{path} holds different embeddings under {' and '.join(embeddings)}")
+            elif name in state or name not in wanted:
+                raise ValueError(f"{path} holds an unexpected tensor {name}: this is not a Flan-T5 checkpoint")
+            if tensor.shape != wanted[name][1].shape or not tensor.is_floating_point():
+                raise ValueError(
+                    f"{path} holds {name} as {tensor.dtype} of shape {list(tensor.shape)}; "
+                    f"config.json implies floating point of shape {list(wanted[name][1].shape)}"
+                )
+            state[name] = tensor.to(dtype)
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise ValueError(f"{folder} lacks the tensor {missing[0]} (and {len(missing) - 1} more): fetch it again")
+    model.load_state_dict({wanted[name][0]: tensor for name, tensor in state.items()}, assign=True)
+    return model.to(device).eval()
+
+
+def save_flan_t5(model: T5, folder: str | Path) -> None:
+    """Write config.json and pytorch_model.bin in the public layout, in the model's own dtype.
+
+    Each file is written beside its place and renamed into it, config.json last: a folder with one is complete.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {
+        "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True,
+        "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True,
+        "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": START_ID,
+        "torch_dtype": str(model.dtype).removeprefix("torch."), "num_decoder_layers": model.config.n_layers,
+        **{theirs: getattr(model.config, ours) for ours, theirs in PUBLIC_NAMES.items()},
+    }  # fmt: skip
+    tensors = {checkpoint_name(name): tensor.cpu() for name, tensor in model.state_dict().items()}
+    torch.save(tensors, folder / "pytorch_model.bin.partial")
+    os.replace(folder / "pytorch_model.bin.partial", folder / "pytorch_model.bin")
+    (folder / "config.json.partial").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    os.replace(folder / "config.json.partial", folder / "config.json")
+
+
+def main() -> None:
+    size = sys.argv[1] if len(sys.argv) > 1 else "small"
+    if size not in SIZES:
+        sys.exit(f"model.py: no size {size!r}: choose from {', '.join(SIZES)}")
+    with torch.device("meta"):  # shapes only: even xxl takes no memory
+        model = T5(SIZES[size])
+        ids = torch.zeros(2, 7, dtype=torch.long)
+        states = model.encode(ids, torch.ones_like(ids))
+        hidden = model.decode(ids[:, :5], states, torch.ones_like(ids))
+    print(f"Flan-T5 {size}: {asdict(model.config)}")
+    print(f"question ids {list(ids.shape)} -> encoder states {list(states.shape)}")
+    print(f"rationale ids [2, 5] -> decoder states {list(hidden.shape)} -> logits {list(model.lm_head(hidden).shape)}")
+    for name, part in model.named_children():
+        print(f"{name:>8}: {sum(p.numel() for p in part.parameters()):>14,} parameters")
+    print(f"   total: {sum(p.numel() for p in model.parameters()):>14,}")
+
+
+if __name__ == "__main__":
+    main()

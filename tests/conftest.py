@@ -1,0 +1,21 @@
+"""Shared by all tests: the repository on the path, one quiet thread pool, and the places of real data where they exist."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SHARED = ROOT.parent / "shared"  # real GSM8K text, the real vocabulary, a small checkpoint: only where provided
+
+torch.set_flush_denormal(True)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data; tests that need it are skipped where it does not exist."""
+    if not SHARED.exists():
+        pytest.skip("needs ../shared, the folder of real data beside this repository")
+    return SHARED
