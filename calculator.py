@@ -8,32 +8,36 @@ are not needed where the grammar itself is bounded in length, depth and size.
 
 import re
 import sys
+from collections import deque
 
 MAX_LENGTH = 100  # characters; the longest annotation in GSM8K has 76
 MAX_DEPTH = 20  # nested brackets and minus signs
 MAX_SIZE = 1e15  # integers up to here are exact in a float
 
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,200  3.5  3.  .5
-TOKEN = re.compile(rf"\s*({NUMBER}|[-+*/()%])")
+TOKEN = re.compile(rf"{NUMBER}|[-+*/()%]")
 
 
 class Refused(Exception):
-    """The text is not an expression this calculator evaluates."""
+    """The tokens do not form an expression this calculator evaluates."""
 
 
 def calculate(expression: str) -> str | None:
     """Evaluate arithmetic and print the result as a rationale shows it; None for anything else.
 
-    Grammar:  sum    = product (("+" | "-") product)*
+    Grammar:  sum     = product (("+" | "-") product)*
               product = factor (("*" | "/") factor)*
               factor  = "-" factor | (number | "(" sum ")") "%"*
     Never raises: division by zero, other characters, absurd length, depth or size give None.
     """
-    try:
-        value, rest = read_sum(split(expression), MAX_DEPTH)
-    except (Refused, ZeroDivisionError, IndexError):  # IndexError: the text ends too early
+    if len(expression) > MAX_LENGTH or TOKEN.sub("", expression).strip():
         return None
-    return None if rest else format_number(value)
+    tokens = deque(TOKEN.findall(expression))
+    try:
+        value = read_sum(tokens, MAX_DEPTH)
+    except (Refused, ZeroDivisionError):
+        return None
+    return None if tokens else format_number(value)
 
 
 def format_number(value: float) -> str:
@@ -47,58 +51,42 @@ def format_number(value: float) -> str:
     return "0" if text == "-0" else text
 
 
-def split(expression: str) -> list[str]:
-    """Cut the text into numbers and signs."""
-    if len(expression) > MAX_LENGTH:
-        raise Refused
-    expression, tokens, position = expression.rstrip(), [], 0
-    while position < len(expression):
-        match = TOKEN.match(expression, position)
-        if not match:
-            raise Refused
-        tokens.append(match[1])
-        position = match.end()
-    return tokens
+# Each reader takes what it understands from the left of the tokens.
 
 
-# Each reader takes the tokens and the depth left; it returns a value and the tokens it did not use.
-
-
-def read_sum(tokens: list[str], depth: int) -> tuple[float, list[str]]:
-    value, tokens = read_product(tokens, depth)
+def read_sum(tokens: deque[str], depth: int) -> float:
+    value = read_product(tokens, depth)
     while tokens and tokens[0] in "+-":
-        right, rest = read_product(tokens[1:], depth)
-        value, tokens = bounded(value + right if tokens[0] == "+" else value - right), rest
-    return value, tokens
+        sign, right = tokens.popleft(), read_product(tokens, depth)
+        value = bounded(value + right if sign == "+" else value - right)
+    return value
 
 
-def read_product(tokens: list[str], depth: int) -> tuple[float, list[str]]:
-    value, tokens = read_factor(tokens, depth)
+def read_product(tokens: deque[str], depth: int) -> float:
+    value = read_factor(tokens, depth)
     while tokens and tokens[0] in "*/":
-        right, rest = read_factor(tokens[1:], depth)
-        value, tokens = bounded(value * right if tokens[0] == "*" else value / right), rest
-    return value, tokens
+        sign, right = tokens.popleft(), read_factor(tokens, depth)
+        value = bounded(value * right if sign == "*" else value / right)
+    return value
 
 
-def read_factor(tokens: list[str], depth: int) -> tuple[float, list[str]]:
-    if depth == 0:
+def read_factor(tokens: deque[str], depth: int) -> float:
+    if depth == 0 or not tokens:
         raise Refused
-    first, tokens = tokens[0], tokens[1:]
+    first = tokens.popleft()
     if first == "-":
-        value, tokens = read_factor(tokens, depth - 1)
-        return -value, tokens
+        return -read_factor(tokens, depth - 1)
     if first == "(":
-        value, tokens = read_sum(tokens, depth - 1)
-        if tokens[0] != ")":
+        value = read_sum(tokens, depth - 1)
+        if not tokens or tokens.popleft() != ")":
             raise Refused
-        tokens = tokens[1:]
-    elif first[0] in "0123456789.":
-        value = bounded(float(first.replace(",", "")))
-    else:
+    elif first in "+*/)%":
         raise Refused
+    else:
+        value = bounded(float(first.replace(",", "")))
     while tokens and tokens[0] == "%":
-        value, tokens = value / 100, tokens[1:]
-    return value, tokens
+        value, _ = value / 100, tokens.popleft()
+    return value
 
 
 def bounded(value: float) -> float:

@@ -9,6 +9,7 @@ What is left out: beam search, answer parsing, the arithmetic itself (calculator
 
 import argparse
 import hashlib
+import os
 import sys
 import time
 from collections import deque
@@ -39,9 +40,6 @@ class Sample:
     finished: bool = False
 
 
-# ------------------------------------------------------------------------------------------------- choosing a token
-
-
 def uniform_noise(seed: int | str, question: str, sample: int, n: int) -> np.ndarray:
     """Draw the n numbers in [0, 1) that decide one rationale, float32.
 
@@ -54,11 +52,11 @@ def uniform_noise(seed: int | str, question: str, sample: int, n: int) -> np.nda
 def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Tensor) -> Tensor:
     """Choose one id per row: logits (B, V), noise (B,) in [0, 1) -> ids (B,) int64.
 
-    temperature (dimensionless) 0 is greedy. top_k 0 keeps the whole vocabulary.
+    temperature is dimensionless, 0 is greedy. top_k 0 keeps the whole vocabulary.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    scores, ids = logits.float().topk(top_k or logits.shape[-1])
+    scores, ids = logits.float().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     cumulative = (scores / temperature).softmax(-1).cumsum(-1)  # (B, k)
     # The first id whose cumulative probability exceeds the noise; scaled, because the sum may round below 1.
     choice = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
@@ -104,41 +102,31 @@ class RowState:
             self.expression = None
 
 
-# --------------------------------------------------------------------------------------------------------- generate
-
-
 @torch.inference_mode()
 def generate(
-    model: T5,
-    tokenizer: Tokenizer,
-    questions: list[str],
-    n_samples: int = 1,
-    temperature: float = 0.0,
-    top_k: int = TOP_K,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    calculator: bool = True,
-    seed: int | str = 0,
-    batch_size: int = 32,
-    progress: str | None = None,
-) -> list[list[Sample]]:
+    model: T5, tokenizer: Tokenizer, questions: list[str], n_samples: int = 1, temperature: float = 0.0,
+    top_k: int = TOP_K, max_new_tokens: int = MAX_NEW_TOKENS, calculator: bool = True, seed: int | str = 0,
+    batch_size: int = 32, progress: str | None = None,
+) -> list[list[Sample]]:  # fmt: skip
     """Write n_samples rationales for each question; result[i][k] is sample k of questions[i].
 
     Each question is encoded once for all of its samples. A sampled rationale depends on weights, question, seed and
     sample number alone. batch_size: rationales written at a time. progress: title of a bar on stderr, None for none.
     Memory: see KVCache. Source: paper, section 3.2 and figure 4; the scheduling is ours.
     """
-    was_training = model.training
-    model.eval()
     source_ids = [tokenizer.encode(question, MAX_QUESTION_TOKENS) for question in questions]
     results = [[Sample() for _ in range(n_samples)] for _ in questions]
     # Long questions first: they tend to have long rationales, and no long row should be left over at the end.
     order = sorted(range(len(questions)), key=lambda i: -len(source_ids[i]))
     waiting = deque((i, k) for i in order for k in range(n_samples))
-    n_slots = min(batch_size, len(waiting))
-    if not n_slots or max_new_tokens < 1:
+    n_slots, per_group = min(batch_size, len(waiting)), -(-batch_size // n_samples)
+    if not n_slots:
         return results
+    was_training = model.training
+    model.eval()
     cache = KVCache(model, n_slots, max_new_tokens, len(source_ids[order[0]]))
-    encoded: dict[int, Tensor] = {}  # cross-attention keys and values of the questions whose turn has come
+    groups = iter(order[at : at + per_group] for at in range(0, len(order), per_group))
+    encoded: dict[int, Tensor] = {}  # the cross-attention keys and values of the group whose turn it is
     noise = torch.zeros(n_slots, max_new_tokens, device=model.device)
     rows: list[RowState | None] = [None] * n_slots
     jobs: list[tuple[int, int]] = [(0, 0)] * n_slots
@@ -151,9 +139,8 @@ def generate(
         for slot, row in enumerate(rows):
             if row is None and waiting:
                 i, k = jobs[slot] = waiting.popleft()
-                if i not in encoded:
-                    following = order[order.index(i) :][: -(-batch_size // n_samples)]
-                    encoded = encode_questions(model, source_ids, following)
+                if i not in encoded:  # then it is the first of the next group
+                    encoded = encode_questions(model, source_ids, next(groups))
                 cache.admit(slot, encoded[i], len(source_ids[i]))
                 rows[slot], ids[slot] = RowState(tokenizer, calculator), START_ID
                 if temperature > 0:
@@ -198,16 +185,9 @@ def encode_questions(model: T5, source_ids: list[list[int]], chosen: list[int]) 
 
 @torch.inference_mode()
 def generate_naive(
-    model: T5,
-    tokenizer: Tokenizer,
-    questions: list[str],
-    n_samples: int = 1,
-    temperature: float = 0.0,
-    top_k: int = TOP_K,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    calculator: bool = True,
-    seed: int | str = 0,
-) -> list[list[Sample]]:
+    model: T5, tokenizer: Tokenizer, questions: list[str], n_samples: int = 1, temperature: float = 0.0,
+    top_k: int = TOP_K, max_new_tokens: int = MAX_NEW_TOKENS, calculator: bool = True, seed: int | str = 0,
+) -> list[list[Sample]]:  # fmt: skip
     """The slow twin of `generate`: one rationale at a time, the whole sequence again for every token, no cache."""
     model.eval()
     results = []
@@ -246,14 +226,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
-    questions = [args.question] * 32
-    for name, function, n in (("naive", generate_naive, 2), ("cached", generate, 2), ("batched", generate, 32)):
+    for name, write, n in (("naive", generate_naive, 1), ("cached", generate, 1), ("batched", generate, 32)):
         began = time.perf_counter()
-        options = {"batch_size": 32 if name == "batched" else 1} if function is generate else {}
-        samples = function(model, tokenizer, questions[:n], max_new_tokens=100, **options)
+        samples = write(model, tokenizer, [args.question] * n, max_new_tokens=100)
         tokens = sum(len(sample.ids) for row in samples for sample in row)
         print(f"{name:>8}: {tokens / (time.perf_counter() - began):8,.0f} tokens/s")
-    print(f"Question:  {args.question}\nRationale: {mark_forced(tokenizer, samples[0][0])}")
+    in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    marks = ("\033[1;36m", "\033[0m") if in_colour else ("«", "»")
+    print(f"{args.question}\n{mark_forced(tokenizer, samples[0][0], *marks)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tokenizer import Tokenizer, pad_batch
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A question with a rationale that reaches its answer and one that does not."""
+    """A question, a rationale that reaches its answer, and one that does not."""
 
     question: str
     chosen: str
@@ -44,14 +44,11 @@ class PairExample:
 
 
 def make_pair_examples(pairs: Sequence[PreferencePair], tokenizer: Tokenizer) -> list[PairExample]:
-    return [
-        PairExample(
-            tuple(tokenizer.encode(pair.question, MAX_SOURCE)),
-            tokenizer.encode(pair.chosen, MAX_TARGET),
-            tokenizer.encode(pair.rejected, MAX_TARGET),
-        )
-        for pair in pairs
-    ]
+    def ids(pair: PreferencePair) -> PairExample:
+        chosen, rejected = (tokenizer.encode(side, MAX_TARGET) for side in (pair.chosen, pair.rejected))
+        return PairExample(tuple(tokenizer.encode(pair.question, MAX_SOURCE)), chosen, rejected)
+
+    return [ids(pair) for pair in pairs]
 
 
 def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
@@ -86,15 +83,11 @@ def dpo_loss(
 
 def pair_loss(model: T5, pairs: Sequence[PairExample], beta: float) -> dict[str, Tensor]:
     """The loss of some pairs and the numbers that explain it, each summed over the pairs."""
-    references = torch.tensor([(p.reference_chosen_logp, p.reference_rejected_logp) for p in pairs], device=model.device)
-    losses, chosen, rejected = dpo_loss(*sequence_logps(model, pairs), *references.unbind(-1), beta)
-    return {
-        "loss": losses.sum(),
-        "chosen_rewards": chosen.sum(),
-        "rejected_rewards": rejected.sum(),
-        "reward_margin": (chosen - rejected).sum(),
-        "reward_accuracy": (chosen > rejected).float().sum(),
-    }
+    reference = torch.tensor([(p.reference_chosen_logp, p.reference_rejected_logp) for p in pairs], device=model.device)
+    losses, chosen, rejected = dpo_loss(*sequence_logps(model, pairs), *reference.unbind(-1), beta)
+    margin, right = chosen - rejected, (chosen > rejected).float()
+    terms = {"loss": losses, "chosen_rewards": chosen, "rejected_rewards": rejected, "reward_margin": margin, "reward_accuracy": right}
+    return {name: value.sum() for name, value in terms.items()}
 
 
 @torch.no_grad()
@@ -122,15 +115,9 @@ def score(model: T5, pairs: Sequence[PairExample], beta: float, max_tokens: int)
 
 
 def train_dpo(
-    policy: T5,
-    pairs: Sequence[PairExample],
-    held_out: Sequence[PairExample],
-    n_steps: int,
-    beta: float,
-    schedule: Schedule,
-    name: str = "DPO",
-    log: Callable[[dict], None] = print_log,
-) -> T5:
+    policy: T5, pairs: Sequence[PairExample], held_out: Sequence[PairExample], n_steps: int, beta: float,
+    schedule: Schedule, name: str = "DPO", log: Callable[[dict], None] = print_log,
+) -> T5:  # fmt: skip
     """Train the policy in place for n_steps optimiser steps; it is its own reference at the start.
 
     Dropout stays off, so that policy and reference agree exactly and the first loss is log 2.
@@ -142,10 +129,10 @@ def train_dpo(
     def watch() -> dict[str, float]:
         return {f"held_out_{key}": value for key, value in score(policy, held_out, beta, budget).items()}
 
-    return train(
-        policy, pairs, n_steps, lambda model, piece: pair_loss(model, piece, beta), lambda pair: 1, schedule, name,
-        dropout=False, watch=watch, log=log,
-    )  # fmt: skip
+    def loss_of(model: T5, piece: list[PairExample]) -> dict[str, Tensor]:
+        return pair_loss(model, piece, beta)
+
+    return train(policy, pairs, n_steps, loss_of, lambda pair: 1, schedule, name, False, watch, log)
 
 
 def main() -> None:

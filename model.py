@@ -2,8 +2,7 @@
 
 What is here: the T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), a key-value cache for decoding one token
 at a time, and reading and writing of checkpoints in the public layout.
-What is left out: losses, sampling, text, half precision (fp16 overflows in T5), beam search, model parallelism.
-
+What is left out: losses, sampling, text, half precision (fp16 overflows in T5), model parallelism.
 Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K d_kv, V vocabulary, W cached positions.
 
     python model.py base        # a shape trace and the parameter count of a size
@@ -13,8 +12,9 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,9 +50,6 @@ SIZES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- layers
-
-
 class RMSNorm(nn.Module):
     """Scale x (..., D) to unit root mean square: no mean is subtracted and no bias added. Computed in fp32."""
 
@@ -72,13 +69,11 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets: i
     The encoder looks both ways, so it spends half of its buckets on keys to the right; the decoder never sees those.
     Source: Raffel et al. (2020), section 2.1.
     """
+    offset, distance = (distance > 0) * (n_buckets // 2), -distance
     if bidirectional:
-        n_buckets //= 2
-        offset = (distance > 0) * n_buckets
-        distance = distance.abs()
+        n_buckets, distance = n_buckets // 2, distance.abs()
     else:
-        offset = 0
-        distance = (-distance).clamp(min=0)
+        offset, distance = 0, distance.clamp(min=0)
     exact = n_buckets // 2
     growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + growth * (n_buckets - exact)).long().clamp(max=n_buckets - 1)
@@ -93,9 +88,7 @@ class Attention(nn.Module):
         super().__init__()
         inner = config.n_heads * config.d_kv
         self.n_heads, self.dropout = config.n_heads, config.dropout
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, config.d_model, bias=False)
 
     def split(self, x: Tensor) -> Tensor:
@@ -108,10 +101,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """Mix values into x (B, T, D). bias: added to the scores, broadcast to (B, H, T, S); it also masks."""
         queries = self.split(self.q(x))
+        dropout = self.dropout if self.training else 0.0
         # scale=1: T5 has no 1/sqrt(K) here, its initialisation of q carries that factor instead.
-        mixed = F.scaled_dot_product_attention(
-            queries, keys, values, bias.to(queries.dtype), self.dropout if self.training else 0.0, scale=1.0
-        )
+        mixed = F.scaled_dot_product_attention(queries, keys, values, bias.to(queries.dtype), dropout, scale=1.0)
         return self.o(mixed.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -120,8 +112,7 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.gate, self.up = (nn.Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -199,9 +190,6 @@ def shift_right(labels: Tensor) -> Tensor:
     return F.pad(labels, (1, -1), value=START_ID).clamp(min=0)
 
 
-# ----------------------------------------------------------------------------------------------------------- model
-
-
 class T5(nn.Module):
     """Flan-T5: `encode` a question once, then `decode` a whole target or `step` through it token by token."""
 
@@ -219,17 +207,13 @@ class T5(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=1.0 if module is getattr(self, "shared", None) else 0.1)
+            nn.init.normal_(module.weight, std=1.0 if module is self.shared else 0.1)
         elif isinstance(module, Attention):
             module.q.weight.data.mul_(self.config.d_kv**-0.5)
 
     @property
     def device(self) -> torch.device:
         return self.shared.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.shared.weight.dtype
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Read questions: input_ids, attention_mask (B, S) int64, mask 1 on real tokens -> states (B, S, D)."""
@@ -245,8 +229,8 @@ class T5(nn.Module):
         """Run the whole target at once: ids (B, T), states (B, S, D) -> hidden (B, T, D), ready for `lm_head`."""
         stack, positions = self.decoder, torch.arange(decoder_input_ids.shape[1], device=states.device)
         distance = positions[None, :] - positions[:, None]
-        bias = stack.position_bias(distance) + mask_to_bias(distance <= 0, self.dtype)  # (1, H, T, T)
-        source_bias = mask_to_bias(attention_mask.bool(), self.dtype)[:, None, None]  # (B, 1, 1, S)
+        bias = stack.position_bias(distance) + mask_to_bias(distance <= 0, states.dtype)  # (1, H, T, T)
+        source_bias = mask_to_bias(attention_mask.bool(), states.dtype)[:, None, None]  # (B, 1, 1, S)
         x = stack.dropout(self.shared(decoder_input_ids))
         for block in stack.blocks:
             x = block(x, bias, source_bias, states)
@@ -332,14 +316,14 @@ class KVCache:
         self.tape, self.cross = self.tape[:, :, slots], self.cross[:, :, slots]
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
+# Checkpoints in the public layout
 
 EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 UNUSED_NAME = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in some old T5 files
 PUBLIC_NAMES = {  # T5Config's name -> the name in config.json
-    "d_model": "d_model", "d_ff": "d_ff", "n_heads": "num_heads", "n_layers": "num_layers", "d_kv": "d_kv",
-    "vocab_size": "vocab_size", "n_buckets": "relative_attention_num_buckets",
-    "max_distance": "relative_attention_max_distance", "dropout": "dropout_rate", "epsilon": "layer_norm_epsilon",
+    "d_model": "d_model", "d_ff": "d_ff", "d_kv": "d_kv", "n_heads": "num_heads", "n_layers": "num_layers",
+    "vocab_size": "vocab_size", "dropout": "dropout_rate", "epsilon": "layer_norm_epsilon",
+    "n_buckets": "relative_attention_num_buckets", "max_distance": "relative_attention_max_distance",
 }  # fmt: skip
 
 
@@ -347,32 +331,27 @@ def checkpoint_name(name: str) -> str:
     """Translate a parameter's name here to its name in the public checkpoints."""
     feed_forward = "layer.1" if name.startswith("encoder") else "layer.2"
     for ours, theirs in (
-        (".relative_bias.", ".block.0.layer.0.SelfAttention.relative_attention_bias."),
-        (".final_norm.", ".final_layer_norm."),
-        (".blocks.", ".block."),
-        (".self_attention_norm.", ".layer.0.layer_norm."),
-        (".self_attention.", ".layer.0.SelfAttention."),
-        (".cross_attention_norm.", ".layer.1.layer_norm."),
-        (".cross_attention.", ".layer.1.EncDecAttention."),
-        (".feed_forward_norm.", f".{feed_forward}.layer_norm."),
-        (".feed_forward.gate.", f".{feed_forward}.DenseReluDense.wi_0."),
-        (".feed_forward.up.", f".{feed_forward}.DenseReluDense.wi_1."),
-        (".feed_forward.down.", f".{feed_forward}.DenseReluDense.wo."),
-    ):
-        name = name.replace(ours, theirs)
+        ("relative_bias.", "block.0.layer.0.SelfAttention.relative_attention_bias."),
+        ("final_norm.", "final_layer_norm."), ("blocks.", "block."),
+        ("self_attention_norm.", "layer.0.layer_norm."), ("self_attention.", "layer.0.SelfAttention."),
+        ("cross_attention_norm.", "layer.1.layer_norm."), ("cross_attention.", "layer.1.EncDecAttention."),
+        ("feed_forward_norm.", f"{feed_forward}.layer_norm."), ("feed_forward.", f"{feed_forward}.DenseReluDense."),
+        ("gate.", "wi_0."), ("up.", "wi_1."), ("down.", "wo."),
+    ):  # fmt: skip
+        name = name.replace("." + ours, "." + theirs)
     return name
 
 
 def read_json(path: Path) -> dict:
     """Read one JSON object. Raises FileNotFoundError or ValueError, naming the file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: name a folder that holds a Flan-T5 checkpoint")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path} does not exist: name a folder that holds a Flan-T5 checkpoint") from None
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not readable JSON: delete it and fetch the checkpoint again") from None
+        content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+        raise ValueError(f"{path} does not hold a JSON object: fetch it again")
     return content
 
 
@@ -381,19 +360,17 @@ def read_config(folder: Path) -> T5Config:
     path = Path(folder) / "config.json"
     fields = read_json(path)
     n_layers = fields.get("num_layers")
-    for name, wanted, default in (
-        ("model_type", "t5", None),
-        ("feed_forward_proj", "gated-gelu", "relu"),  # the defaults are those of T5 1.0
-        ("tie_word_embeddings", False, True),
-        ("num_decoder_layers", n_layers, n_layers),
-    ):
-        if fields.get(name, default) != wanted:
-            found = fields.get(name, default)
+    for name, wanted, default in (  # the defaults are those of T5 1.0
+        ("model_type", "t5", None), ("feed_forward_proj", "gated-gelu", "relu"), ("tie_word_embeddings", False, True),
+        ("num_decoder_layers", n_layers, n_layers), ("relative_attention_num_buckets", 32, 32),
+        ("relative_attention_max_distance", 128, 128),
+    ):  # fmt: skip
+        if (found := fields.get(name, default)) != wanted:
             raise ValueError(f"{path} has {name} = {found!r}, not {wanted!r}: only Flan-T5 (T5 v1.1) is supported")
     values = {ours: fields.get(theirs, getattr(T5Config, ours, None)) for ours, theirs in PUBLIC_NAMES.items()}
     for ours, value in values.items():
-        fraction = ours in ("dropout", "epsilon")
-        if type(value) not in ((int, float) if fraction else (int,)) or not 0 <= value < (1 if fraction else 2**24):
+        kinds, most = ((int, float), 1) if ours in ("dropout", "epsilon") else ((int,), 2**20)
+        if type(value) not in kinds or not 0 <= value < most or (value < 1 < most) or (ours == "n_layers" and value > 99):
             raise ValueError(f"{path} has {PUBLIC_NAMES[ours]} = {value!r}, which no Flan-T5 has")
     return T5Config(**values)
 
@@ -428,10 +405,10 @@ def weight_files(folder: Path) -> list[Path]:
             found.append([folder / name])
         elif index.exists():
             shards = read_json(index).get("weight_map")
-            # Plain file names only: an index must not reach outside its own folder.
-            if not isinstance(shards, dict) or any(str(s) in ("", "..") or Path(str(s)).name != s for s in shards.values()):
-                raise ValueError(f"{index} does not list this folder's weight files: fetch the checkpoint again")
-            found.append([folder / shard for shard in sorted(set(shards.values()))])
+            names = shards.values() if isinstance(shards, dict) else [None]
+            if not all(isinstance(name, str) and re.fullmatch(r"[\w-]+\.(bin|safetensors)", name) for name in names):
+                raise ValueError(f"{index} does not list weight files of its own folder: fetch the checkpoint again")
+            found.append([folder / name for name in sorted(set(names))])
     if not found:
         raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin: not a checkpoint")
     return found[0] if importlib.util.find_spec("safetensors") else found[-1]
@@ -440,8 +417,7 @@ def weight_files(folder: Path) -> list[Path]:
 def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
     """Build a T5 from a folder in the public layout: config.json and the weights, stored in fp32, bf16 or fp16.
 
-    Every tensor of the checkpoint must be used exactly once, with the shape that config.json implies.
-    The model comes back in evaluation mode (no dropout).
+    Every tensor must be used exactly once, with the shape that config.json implies. The model comes without dropout.
 
     Raises: FileNotFoundError for a missing file; ValueError for a damaged or foreign file, another architecture, a
         missing, unexpected or misshapen tensor, or dtype fp16. Each in one sentence that names the culprit.
@@ -464,10 +440,8 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
             elif name in state or name not in wanted:
                 raise ValueError(f"{path} holds an unexpected tensor {name}: this is not a Flan-T5 checkpoint")
             if tensor.shape != wanted[name][1].shape or not tensor.is_floating_point():
-                raise ValueError(
-                    f"{path} holds {name} as {tensor.dtype} of shape {list(tensor.shape)}; "
-                    f"config.json implies floating point of shape {list(wanted[name][1].shape)}"
-                )
+                found, shape = f"{tensor.dtype} of shape {list(tensor.shape)}", list(wanted[name][1].shape)
+                raise ValueError(f"{path} holds {name} as {found}; config.json implies floating point of shape {shape}")
             state[name] = tensor.to(dtype)
     missing = [name for name in wanted if name not in state]
     if missing:
@@ -487,7 +461,7 @@ def save_flan_t5(model: T5, folder: str | Path) -> None:
         "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True,
         "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True,
         "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": START_ID,
-        "torch_dtype": str(model.dtype).removeprefix("torch."), "num_decoder_layers": model.config.n_layers,
+        "torch_dtype": str(model.shared.weight.dtype).removeprefix("torch."), "num_decoder_layers": model.config.n_layers,
         **{theirs: getattr(model.config, ours) for ours, theirs in PUBLIC_NAMES.items()},
     }  # fmt: skip
     tensors = {checkpoint_name(name): tensor.cpu() for name, tensor in model.state_dict().items()}
@@ -502,16 +476,13 @@ def main() -> None:
     if size not in SIZES:
         sys.exit(f"model.py: no size {size!r}: choose from {', '.join(SIZES)}")
     with torch.device("meta"):  # shapes only: even xxl takes no memory
-        model = T5(SIZES[size])
-        ids = torch.zeros(2, 7, dtype=torch.long)
+        model, ids = T5(SIZES[size]), torch.zeros(2, 7, dtype=torch.long)
         states = model.encode(ids, torch.ones_like(ids))
-        hidden = model.decode(ids[:, :5], states, torch.ones_like(ids))
-    print(f"Flan-T5 {size}: {asdict(model.config)}")
-    print(f"question ids {list(ids.shape)} -> encoder states {list(states.shape)}")
-    print(f"rationale ids [2, 5] -> decoder states {list(hidden.shape)} -> logits {list(model.lm_head(hidden).shape)}")
-    for name, part in model.named_children():
+        logits = model(ids, torch.ones_like(ids), ids[:, :5])
+    print(f"Flan-T5 {size}: {model.config}")
+    print(f"ids {list(ids.shape)} -> encoder states {list(states.shape)}; 5 target ids -> logits {list(logits.shape)}")
+    for name, part in (*model.named_children(), ("total", model)):
         print(f"{name:>8}: {sum(p.numel() for p in part.parameters()):>14,} parameters")
-    print(f"   total: {sum(p.numel() for p in model.parameters()):>14,}")
 
 
 if __name__ == "__main__":

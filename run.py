@@ -2,7 +2,6 @@
 
     python run.py                            the whole loop on a laptop, nothing downloaded
     python run.py --size base --rounds 3     the paper: public Flan-T5 weights and data are fetched once
-    python run.py --out DIR --ask "..."      the rationale of a finished run's model
 
 The same command continues a run that was stopped: a stage whose result is in the run folder is not repeated.
 """
@@ -18,13 +17,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data.problems import Problem, load_problems, read_jsonl, write_jsonl, write_text
 from data.sources import DownloadError, fetch_datasets, fetch_flan_t5
-from data.synthetic import make_problems
-from decode import generate, mark_forced
-from model import SIZES, load_flan_t5, read_json, save_flan_t5
+from data.synthetic import TEST_SEED, make_problems
+from model import SIZES, T5, read_json, save_flan_t5
 from selftrain import Stages, column, self_train
 from sft import print_log
 from tokenizer import Tokenizer, format_rationale
@@ -60,6 +57,9 @@ class Config:
     st_samples: int = number(8, 8, "method", "rationales per question and round for ST: as many as DPO-ST draws [ours]")
     temperature: float = number(0.7, 0.7, "method", "sampling temperature [section 4.2]")
     top_k: int = number(50, 50, "method", "sample among the k likeliest ids, 0 for all [authors' code, unsaid]")
+    max_similarity: float = number(0.7, 0.7, "method", "more alike than this are duplicates [authors' code]")
+    n_pairs: int = number(3, 3, "method", "preference pairs kept per question [authors' code]")
+    percentile: float = number(90, 90, "method", "caps the pseudo-labels per question [authors' code]")
     max_new_tokens: int = number(300, 100, "method", "longest rationale in tokens [section 4.2]")
     sft_epochs: int = number(8, 30, "SFT", "passes over the data [table 5]")
     sft_learning_rate: float = number(3e-4, 1e-3, "SFT", "peak learning rate [table 5]")
@@ -81,80 +81,84 @@ class Config:
     n_test: int = number(0, 2000, "problems of --size tiny", "held-out problems")
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Config, Path, str | None]:
-    """Read the command line -> the run's numbers, its folder, and a question to --ask."""
+NUMBERS = [item for item in fields(Config) if item.metadata]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
+    """Read the command line -> the run's numbers and its folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--size", choices=SIZES, default="tiny", help="the model, and with it the defaults below")
     parser.add_argument("--method", choices=("dpo-st", "st", "both"), help="default: both for tiny, else dpo-st")
-    parser.add_argument("--seed", type=int, default=42, help="of data order, dropout and sampling")
+    parser.add_argument("--seed", type=int, default=42, help="of data order, dropout and sampling [authors' code: 42]")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/SIZE-seed-SEED")
     parser.add_argument("--weights", default="", metavar="DIR", help="a Flan-T5 checkpoint instead of the public one")
     parser.add_argument("--data", default="", metavar="DIR", help="datasets: gsm8k/train.jsonl, gsm8k/test.jsonl, ...")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="use only the first N problems of every set")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--no-calculator", dest="calculator", action="store_false", help="sample without the calculator")
-    parser.add_argument("--ask", metavar="QUESTION", help="answer with the last model of the run folder, then stop")
     groups = {}
-    for item in fields(Config):
-        if item.metadata:
-            group, tiny = item.metadata["group"], item.metadata["tiny"]
-            if group not in groups:
-                groups[group] = parser.add_argument_group(group)
-            default = f"{item.default:g}" if tiny == item.default else f"{item.default:g}; tiny: {tiny:g}"
-            groups[group].add_argument(
-                "--" + item.name.replace("_", "-"), type=item.type, metavar="N" if item.type is int else "X",
-                help=f"{item.metadata['help'].replace('%', '%%')} (default {default})",
-            )  # fmt: skip
+    for item in NUMBERS:
+        group, tiny, text = (item.metadata[key] for key in ("group", "tiny", "help"))
+        default = f"{item.default:g}" if tiny == item.default else f"{item.default:g}; tiny: {tiny:g}"
+        groups.setdefault(group, parser.add_argument_group(group)).add_argument(
+            flag(item.name), type=item.type, metavar="N" if item.type is int else "X", help=f"{text} (default {default})"
+        )
     args = vars(parser.parse_args(argv))
-    out, question = args.pop("out"), args.pop("ask")
-    for item in fields(Config):
-        if item.metadata and args[item.name] is None:
+    out = args.pop("out")
+    if args["device"] == "cuda" and not cuda:
+        parser.error("--device cuda: torch sees no GPU here; leave the flag out to run on the CPU")
+    for item in NUMBERS:
+        least = 1 if item.type is int and item.name not in ("rounds", "top_k") else 0
+        if args[item.name] is None:
             args[item.name] = item.metadata["tiny"] if args["size"] == "tiny" else item.default
-        elif item.metadata and args[item.name] < 0:
-            parser.error(f"--{item.name.replace('_', '-')} must not be negative")
+        elif not least <= args[item.name] < float("inf"):
+            parser.error(f"{flag(item.name)} must be a number not below {least}")
     args["method"] = args["method"] or ("both" if args["size"] == "tiny" else "dpo-st")
     config = Config(**args)
-    return config, out or Path("runs") / f"{config.size}-seed-{config.seed}", question
+    return config, out or Path("runs") / f"{config.size}-seed-{config.seed}"
 
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
     """The labeled set L (rationales formatted), the unlabeled set U, and the test sets by name."""
     if config.size == "tiny" and not config.data:
-        n_train = config.n_labeled + config.n_unlabeled
-        train = make_problems(n_train, seed=config.seed)
+        train = make_problems(config.n_labeled + config.n_unlabeled, seed=config.seed)
         labeled, unlabeled = train[: config.n_labeled], train[config.n_labeled :]
         seen = {problem.question for problem in train}
-        tests = {"held-out": make_problems(config.n_test, seed=config.seed + 10**6, exclude=seen)}
+        tests = {"held-out": make_problems(config.n_test, seed=TEST_SEED, exclude=seen)}
     else:
         folder = Path(config.data) if config.data else fetch_datasets()
-        labeled = unlabeled = load_problems(folder / "gsm8k" / "train.jsonl")
+        labeled = unlabeled = load_problems(folder / "gsm8k" / "train.jsonl")  # section 4.1: U is L without rationales
         paths = {name: folder / place / "test.jsonl" for name, place in TESTS.items()}
         tests = {name: load_problems(path) for name, path in paths.items() if path.exists()}
         if not tests:
             raise FileNotFoundError(f"{folder} has no test set: put one at {paths['GSM8K']}")
     first = config.limit or None
-    lacking = [problem.question for problem in labeled[:first] if problem.rationale is None]
-    if lacking:
-        raise ValueError(f"the labeled set has a problem without a rationale: {lacking[0][:60]!r}")
+    for problem in labeled[:first]:
+        if problem.rationale is None:
+            raise ValueError(f"the labeled set has a question without a rationale: {problem.question[:60]!r}")
     labeled = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in labeled[:first]]
     return labeled, unlabeled[:first], {name: problems[:first] for name, problems in tests.items()}
 
 
 class RunFolder:
-    """The files of a run. Everything is written beside its place and renamed into it: what has a name is complete."""
+    """The files of a run. Each is written beside its place and renamed into it: what has its name is complete."""
 
-    def __init__(self, path: Path, config: Config):
+    def __init__(self, path: Path, config: Config, base: Path):
         """Start or continue a run. Raises ValueError if the folder holds a run with other numbers."""
-        self.path = path
+        self.path, self.config, self.base = path, config, base
         stored, wanted = path / "config.json", asdict(config)
         before = read_json(stored) if stored.exists() else wanted
-        free = {"rounds", "method", "device"}  # more rounds or the other method continue a run as it is
-        changed = [f"{key} {before.get(key)} -> {wanted[key]}" for key in wanted if before.get(key) != wanted[key]]
-        changed = [change for change in changed if change.split()[0] not in free]
+        may_change = ("rounds", "method", "device")  # more rounds, or the other method, go on from what is there
+        changed = [f"{flag(k)} {before.get(k)}" for k in wanted if k not in may_change and before.get(k) != wanted[k]]
         if changed:
-            raise ValueError(f"{path} holds a run with other numbers ({', '.join(changed)}): choose another --out")
+            raise ValueError(f"{path} holds a run with {', '.join(changed)}: repeat that, or choose another --out")
         write_text(json.dumps(wanted, indent=2) + "\n", stored)
 
     def log(self, record: dict) -> None:
@@ -168,72 +172,61 @@ class RunFolder:
             write_jsonl(make(), path)
         return read_jsonl(path)
 
-    def keep_model(self, name: str, make: Callable, base: Path) -> Path:
+    def keep_model(self, name: str, make: Callable[[], T5]) -> Path:
         folder = self.path / name
         if not folder.exists():
             partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped here
             save_flan_t5(make(), partial)
-            shutil.copy(base / "spiece.model", partial)
+            shutil.copy(self.base / "spiece.model", partial)
             os.replace(partial, folder)
         return folder
 
-    def report(self, config: Config) -> str:
+    def report(self) -> str:
         """Gather the evaluations in results.json and results.md; return the table, in the shape of table 2."""
-        results = {}
-        for path in sorted(self.path.glob("**/evaluation.jsonl")):
-            stage = path.parent.relative_to(self.path).as_posix()
-            results[stage] = {column(row): round(row["accuracy"], 2) for row in read_jsonl(path)}
-        write_text(json.dumps(results, indent=2) + "\n", self.path / "results.json")
+        rounds = range(1, self.config.rounds + 1)
+        stages = {f"{method}/round-{n}": [method.upper(), n] for method in ("st", "dpo-st") for n in rounds}
+        results, lines = {}, []
+        for stage, label in {"warm-up": ["SFT", 0], **stages}.items():
+            path = self.path / stage / "evaluation.jsonl"
+            if path.exists():
+                results[stage] = {column(row): round(row["accuracy"], 2) for row in read_jsonl(path)}
+                lines.append(label + [f"{accuracy:.1f}" for accuracy in results[stage].values()])
         tests = list(results["warm-up"])
-        lines = ["| method | round | " + " | ".join(tests) + " |", "|---" * (len(tests) + 2) + "|"]
-        for stage, row in results.items():
-            pass
-        for label, prefix in (("SFT", "warm-up"), ("ST", "st/"), ("DPO-ST", "dpo-st/")):
-            for stage in sorted((s for s in results if s.startswith(prefix)), key=lambda s: int(s.split("-")[-1]) if "/" in s else 0):
-                cells = [f"{results[stage][test]:.1f}" for test in tests]
-                lines.append(f"| {label} | {stage.split('-')[-1] if '/' in stage else 0} | {' | '.join(cells)} |")
-            if config.size in PAPER and list(TESTS) == [test for test in tests if test in TESTS]:
-                paper = dict(zip(TESTS, PAPER[config.size][label]))
-                lines.append(f"| {label} (paper) | {3 if label != 'SFT' else 0} | " + " | ".join(str(paper.get(t, "")) for t in tests) + " |")
-        table = "\n".join(lines) + "\n"
-        write_text(f"Greedy accuracy (%), Flan-T5 {config.size}, seed {config.seed}\n\n{table}", self.path / "results.md")
-        return table
-
-
-def ask(out: Path, question: str, device: str) -> None:
-    """Print the rationale of the run's newest SFT model, the calculator's digits marked."""
-    finished = [path.parent for path in out.glob("**/sft/config.json")]
-    if not finished:
-        raise FileNotFoundError(f"{out} holds no finished model yet: run without --ask first")
-    folder = max(finished, key=lambda path: (path.parts[-3:-1], path.stat().st_mtime))
-    model, tokenizer = load_flan_t5(folder, device=device), Tokenizer(folder)
-    marks = ("\033[1m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("«", "»")
-    print(mark_forced(tokenizer, generate(model, tokenizer, [question])[0][0], *marks))
+        for method, numbers in PAPER.get(self.config.size, {}).items():
+            paper = dict(zip(TESTS, numbers))
+            lines.append([f"{method}, paper", 0 if method == "SFT" else 3] + [paper.get(test, "") for test in tests])
+        lines = [["method", "round", *tests], ["---"] * (len(tests) + 2), *lines]
+        table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+        title = f"Greedy accuracy (%), Flan-T5 {self.config.size}, seed {self.config.seed}:\n\n"
+        write_text(json.dumps(results, indent=2) + "\n", self.path / "results.json")
+        write_text(title + table, self.path / "results.md")
+        return title + table
 
 
 def main() -> None:
-    config, out, question = parse_args()
+    config, out = parse_args()
     torch.set_flush_denormal(True)  # barely trained models produce denormal numbers, which are many times slower
     torch.backends.cuda.matmul.allow_tf32 = True  # authors' code
-    if question is not None:
-        return ask(out, question, config.device)
-    began = time.perf_counter()
-    base = Path(config.weights) if config.weights else HERE / "data" / "tiny" if config.size == "tiny" else fetch_flan_t5(config.size)
+    if config.weights or config.size == "tiny":
+        base = Path(config.weights or HERE / "data" / "tiny")
+    else:
+        base = fetch_flan_t5(config.size)
     labeled, unlabeled, tests = load_data(config)
-    tokenizer = Tokenizer(base)
-    folder = RunFolder(out, config)
-    print(f"DPO-ST, Flan-T5 {config.size} on {config.device}: L {len(labeled)}, U {len(unlabeled)}, run folder {out}")
-    stages = Stages(
-        base, tokenizer, config, folder.keep_rows, lambda name, make: folder.keep_model(name, make, base), folder.log
-    )
+    tokenizer, folder = Tokenizer(base), RunFolder(out, config, base)
+    print(f"Flan-T5 {config.size} on {config.device}: {len(labeled)} labeled and {len(unlabeled)} unlabeled problems -> {out}")
+    began = time.perf_counter()
+    stages = Stages(base, tokenizer, config, folder.keep_rows, folder.keep_model, folder.log)
     for method in ("st", "dpo-st") if config.method == "both" else (config.method,):
-        self_train(method, labeled, unlabeled, tests, config, stages)
-    print(f"\nGreedy accuracy (%) after {time.perf_counter() - began:,.0f} s:\n\n{folder.report(config)}")
+        model = self_train(method, labeled, unlabeled, tests, config, stages)
+    print(f"\n{folder.report()}\n{time.perf_counter() - began:,.0f} seconds. Try: python decode.py --checkpoint {model} 'QUESTION'")
 
 
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("\nrun.py: stopped; the same command continues with the stage it was in")
     except (ValueError, OSError, DownloadError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.exit(f"run.py: {error}")
+        print(f"run.py: {error}", file=sys.stderr)
+        sys.exit(2)

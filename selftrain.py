@@ -9,7 +9,7 @@ What is left out: tensors (model, decode, sft, dpo) and files (run.py keeps what
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,11 @@ from model import T5, load_flan_t5
 from sft import Schedule, make_examples, train_sft
 from tokenizer import Tokenizer
 
-MAX_SIMILARITY = 0.7  # authors' code: more alike than this counts as a duplicate
-PAIRS_PER_QUESTION = 3  # authors' code
-PSEUDO_LABEL_PERCENTILE = 90  # authors' code
+MAX_SIMILARITY, N_PAIRS, PERCENTILE = 0.7, 3, 90  # authors' code
 ANSWER = re.compile(r"#+ (-?[0-9.,]+)")
 
 
-# ------------------------------------------------------------------------------------------------ answers (section 2)
+# Answers (section 2)
 
 
 def extract_answer(rationale: str) -> float | None:
@@ -59,7 +57,7 @@ def accuracy(rationales: Sequence[str], problems: Sequence[Problem]) -> float:
     return 100 * sum(is_correct(r, p.answer) for r, p in zip(rationales, problems, strict=True)) / len(problems)
 
 
-# ------------------------------------------------------------------------- pairs and pseudo-labels (sections 3.1, 4.2)
+# Preference pairs and pseudo-labels (sections 3.1 and 4.2)
 
 
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
@@ -67,12 +65,12 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     return len(a & b) / len(a | b) if a or b else 1.0
 
 
-def deduplicate(rationales: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """Keep a rationale only if it is at most MAX_SIMILARITY alike to every one kept before it."""
+def deduplicate(rationales: Sequence[str], tokenizer: Tokenizer, max_similarity: float = MAX_SIMILARITY) -> list[str]:
+    """Keep a rationale only if it is at most max_similarity alike to every one kept before it."""
     kept: list[tuple[str, frozenset[str]]] = []
     for rationale in rationales:
         pieces = tokenizer.piece_set(rationale)
-        if all(jaccard(pieces, other) <= MAX_SIMILARITY for _, other in kept):
+        if all(jaccard(pieces, other) <= max_similarity for _, other in kept):
             kept.append((rationale, pieces))
     return [rationale for rationale, _ in kept]
 
@@ -83,63 +81,54 @@ def gold_first(problem: Problem, rationales: Sequence[str]) -> list[str]:
 
 
 def make_pairs(
-    problems: Sequence[Problem], samples: Sequence[Sequence[str]], tokenizer: Tokenizer
-) -> list[PreferencePair]:
+    problems: Sequence[Problem], samples: Sequence[Sequence[str]], tokenizer: Tokenizer,
+    max_similarity: float = MAX_SIMILARITY, n_pairs: int = N_PAIRS,
+) -> list[PreferencePair]:  # fmt: skip
     """Pair correct with incorrect rationales; samples[i] are all rationales drawn so far for problems[i].
 
-    Of each question's pairs the PAIRS_PER_QUESTION least similar are kept, because they teach the most about what
-    separates right from wrong. Source: section 4.2; thresholds from the authors' code, make_dpo_data.py.
+    Of each question's pairs the n_pairs least similar are kept, because they teach the most about what separates right
+    from wrong. Source: section 4.2; thresholds from the authors' code, make_dpo_data.py.
     """
     pairs = []
     for problem, rationales in zip(problems, samples, strict=True):
         correct, incorrect = split_samples(rationales, problem.answer)
-        winning = deduplicate(gold_first(problem, correct), tokenizer)
-        losing = deduplicate(incorrect, tokenizer)
-        ranked = sorted(
-            ((w, l) for w in winning for l in losing),
-            key=lambda pair: jaccard(*map(tokenizer.piece_set, pair)),
-        )
-        pairs += [PreferencePair(problem.question, w, l) for w, l in ranked[:PAIRS_PER_QUESTION]]
+        winning = deduplicate(gold_first(problem, correct), tokenizer, max_similarity)
+        losing = deduplicate(incorrect, tokenizer, max_similarity)
+        both = [(w, l) for w in winning for l in losing]
+        both.sort(key=lambda pair: jaccard(*map(tokenizer.piece_set, pair)))
+        pairs += [PreferencePair(problem.question, w, l) for w, l in both[:n_pairs]]
     return pairs
 
 
 def make_pseudo_labels(
-    problems: Sequence[Problem], samples: Sequence[Sequence[str]], tokenizer: Tokenizer
-) -> list[Problem]:
+    problems: Sequence[Problem], samples: Sequence[Sequence[str]], tokenizer: Tokenizer,
+    max_similarity: float = MAX_SIMILARITY, percentile: float = PERCENTILE,
+) -> list[Problem]:  # fmt: skip
     """Turn correct rationales into training problems, the gold rationale first: L + S_a where U and L share questions.
 
-    The number kept per question is capped at the 90th percentile of that number over the questions that have any.
+    The number kept per question is capped at a percentile of that number over the questions that have any.
     Source: section 3.1; thresholds from the authors' code, make_rft_data.py.
     """
     kept = [
-        deduplicate(gold_first(problem, split_samples(rationales, problem.answer)[0]), tokenizer)
+        deduplicate(gold_first(problem, split_samples(rationales, problem.answer)[0]), tokenizer, max_similarity)
         for problem, rationales in zip(problems, samples, strict=True)
     ]
     counts = [len(rationales) for rationales in kept if rationales]
-    most = int(np.percentile(counts, PSEUDO_LABEL_PERCENTILE)) if counts else 0
+    most = int(np.percentile(counts, percentile)) if counts else 0
     return [replace(p, rationale=rationale) for p, rationales in zip(problems, kept) for rationale in rationales[:most]]
 
 
-# ------------------------------------------------------------------------------------------------ Algorithms 1 and 2
+# Algorithms 1 and 2 (section 3)
 
 
-def self_train(
-    method: str,
-    labeled: Sequence[Problem],
-    unlabeled: Sequence[Problem],
-    tests: dict[str, Sequence[Problem]],
-    config,
-    stages: "Stages",
-) -> None:
-    """Run Algorithm 1 (method "st") or Algorithm 2 (method "dpo-st").
+def self_train(method: str, labeled: Sequence[Problem], unlabeled: Sequence[Problem], tests: dict, config, stages) -> Path:
+    """Run Algorithm 1 (method "st") or Algorithm 2 (method "dpo-st"); return the last model's folder.
 
     labeled is L: problems with formatted rationales. unlabeled is U: its questions and answers are used, not its
-    rationales. config: run.Config. stages does the work, each piece once.
+    rationales. tests: lists of problems by name. config: run.Config. stages: a Stages, which does the work.
     """
-    gold = {problem.question: problem.rationale for problem in labeled}
+    gold, known = {problem.question: problem.rationale for problem in labeled}, set(labeled)
     unlabeled = [replace(problem, rationale=gold.get(problem.question)) for problem in unlabeled]
-    asked = {problem.question for problem in unlabeled}
-    rest_of_labeled = [problem for problem in labeled if problem.question not in asked]  # none where U is L, as in the paper
 
     drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # all rounds' samples, question by question
     drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]
@@ -159,15 +148,17 @@ def self_train(
         samples = stages.sample(f"{here}/samples-for-labels", sampler, unlabeled, n_samples)
         drawn_for_labels = [a + b for a, b in zip(drawn_for_labels, samples)]
         pseudo_labels = stages.pseudo_labels(f"{here}/pseudo-labels", unlabeled, drawn_for_labels)
-        model = stages.sft(f"{here}/sft", rest_of_labeled + pseudo_labels)
+        new = [problem for problem in pseudo_labels if problem not in known]
+        model = stages.sft(f"{here}/sft", [*labeled, *new])
         stages.evaluate(f"{here}/evaluation", model, tests)
+    return model
 
 
 class Stages:
     """The pieces of work in `self_train`. A model passes between them as the folder of its checkpoint.
 
-    keep_rows(name, make) and keep_model(name, make) return what is stored under the name, and call make only when
-    nothing is; log(record) writes one line.
+    keep_rows(name, make) and keep_model(name, make) return what is stored under a name, and call make only when nothing
+    is; log(record) writes one line.
     """
 
     def __init__(self, base: Path, tokenizer: Tokenizer, config, keep_rows: Callable, keep_model: Callable, log: Callable):
@@ -175,100 +166,84 @@ class Stages:
         self.keep_rows, self.keep_model, self.log = keep_rows, keep_model, log
 
     def schedule(self, learning_rate: float, batch_size: int) -> Schedule:
-        c = self.config
-        return Schedule(
-            learning_rate, batch_size, c.warmup_ratio, c.final_ratio, c.weight_decay, c.max_grad_norm,
-            c.micro_batch_tokens, c.log_every, c.seed,
-        )  # fmt: skip
-
-    def load(self, folder: Path, for_training: bool) -> T5:
-        """fp32 for training; bf16 for sampling on a GPU."""
-        dtype = torch.bfloat16 if self.config.device == "cuda" and not for_training else torch.float32
-        return load_flan_t5(folder, dtype, self.config.device)
+        same = {item.name: getattr(self.config, item.name) for item in fields(Schedule)[2:]}
+        return Schedule(learning_rate, batch_size, **same)
 
     def sft(self, name: str, problems: Sequence[Problem]) -> Path:
-        c = self.config
+        """Supervised fine-tuning, always from the original weights."""
 
         def make() -> T5:
-            examples = make_examples(problems, self.tokenizer)
+            c, model = self.config, load_flan_t5(self.base, device=self.config.device)
             schedule = self.schedule(c.sft_learning_rate, c.sft_batch_size)
-            return train_sft(self.load(self.base, True), examples, c.sft_epochs, schedule, name, self.log)
+            return train_sft(model, make_examples(problems, self.tokenizer), c.sft_epochs, schedule, name, self.log)
 
         return self.keep_model(name, make)
 
     def dpo(self, name: str, policy: Path, pairs: Sequence[PreferencePair]) -> Path:
-        """DPO from `policy`; the pairs of a few questions are held out to be scored only."""
-        c = self.config
+        """DPO from `policy`; the pairs of the first few questions are held out, to be scored only."""
         questions = list(dict.fromkeys(pair.question for pair in pairs))
-        unseen = set(questions[: int(len(questions) * c.held_out)])
+        unseen = set(questions[: int(len(questions) * self.config.held_out)])
         held_out = make_pair_examples([pair for pair in pairs if pair.question in unseen], self.tokenizer)
         examples = make_pair_examples([pair for pair in pairs if pair.question not in unseen], self.tokenizer)
         if not examples:
-            self.log({"stage": name, "skipped": "no question had both a correct and an incorrect rationale"})
+            self.log({"stage": name, "skipped": "no question has both a correct and an incorrect rationale"})
             return policy
 
         def make() -> T5:
+            c, model = self.config, load_flan_t5(policy, device=self.config.device)
             schedule = self.schedule(c.dpo_learning_rate, c.dpo_batch_size)
-            model = self.load(policy, True)
             return train_dpo(model, examples, held_out, c.dpo_steps, c.beta, schedule, name, self.log)
 
         return self.keep_model(name, make)
 
-    def generate(self, model: Path, problems: Sequence[Problem], title: str, **options) -> list[list[Sample]]:
+    def generate(self, folder: Path, problems: Sequence[Problem], title: str, **options) -> list[list[Sample]]:
         c = self.config
-        return generate(
-            self.load(model, False), self.tokenizer, [p.question for p in problems], top_k=c.top_k,
-            max_new_tokens=c.max_new_tokens, batch_size=c.decode_batch_size, progress=title, **options,
-        )  # fmt: skip
+        model = load_flan_t5(folder, torch.bfloat16 if c.device == "cuda" else torch.float32, c.device)
+        options = {"max_new_tokens": c.max_new_tokens, "batch_size": c.decode_batch_size, "progress": title} | options
+        return generate(model, self.tokenizer, [problem.question for problem in problems], **options)
 
     def sample(self, name: str, model: Path, problems: Sequence[Problem], n_samples: int) -> list[list[str]]:
         """n_samples rationales per problem at the sampling temperature."""
-        c = self.config
 
         def make() -> list[dict]:
-            samples = self.generate(
-                model, problems, name, n_samples=n_samples, temperature=c.temperature, calculator=c.calculator,
-                seed=f"{c.seed}/{name}",
-            )  # fmt: skip
-            rows = [
-                {"question": p.question, "answer": p.answer, "rationales": [sample.text for sample in row]}
-                for p, row in zip(problems, samples)
-            ]
-            solved = sum(is_correct(r, row["answer"]) for row in rows for r in row["rationales"])
-            self.log({"stage": name, "rationales": n_samples * len(rows), "correct": solved})
-            return rows
+            c = self.config
+            options = {"n_samples": n_samples, "temperature": c.temperature, "top_k": c.top_k, "calculator": c.calculator}
+            samples = self.generate(model, problems, name, seed=f"{c.seed}/{name}", **options)
+            rationales = [[sample.text for sample in row] for row in samples]
+            solved = sum(is_correct(r, p.answer) for p, row in zip(problems, rationales) for r in row)
+            self.log({"stage": name, "rationales": n_samples * len(problems), "correct": solved})
+            return [{"question": p.question, "rationales": row} for p, row in zip(problems, rationales)]
 
         return [row["rationales"] for row in self.keep_rows(name, make)]
 
     def pairs(self, name: str, problems: Sequence[Problem], samples: Sequence[Sequence[str]]) -> list[PreferencePair]:
-        def make() -> list[dict]:
-            pairs = make_pairs(problems, samples, self.tokenizer)
-            self.log({"stage": name, "pairs": len(pairs), "questions": len({pair.question for pair in pairs})})
-            return [asdict(pair) for pair in pairs]
-
-        return [PreferencePair(**row) for row in self.keep_rows(name, make)]
+        rules = self.config.max_similarity, self.config.n_pairs
+        return self.keep(name, PreferencePair, lambda: make_pairs(problems, samples, self.tokenizer, *rules))
 
     def pseudo_labels(self, name: str, problems: Sequence[Problem], samples: Sequence[Sequence[str]]) -> list[Problem]:
-        def make() -> list[dict]:
-            labels = make_pseudo_labels(problems, samples, self.tokenizer)
-            self.log({"stage": name, "pseudo_labels": len(labels), "questions": len({p.question for p in labels})})
-            return [asdict(problem) for problem in labels]
+        rules = self.config.max_similarity, self.config.percentile
+        return self.keep(name, Problem, lambda: make_pseudo_labels(problems, samples, self.tokenizer, *rules))
 
-        return [Problem(**row) for row in self.keep_rows(name, make)]
+    def keep(self, name: str, kind: type, make: Callable[[], list]) -> list:
+        """Keep a list of dataclass objects that have a question."""
+
+        def make_rows() -> list[dict]:
+            made = make()
+            self.log({"stage": name, "kept": len(made), "questions": len({item.question for item in made})})
+            return [asdict(item) for item in made]
+
+        return [kind(**row) for row in self.keep_rows(name, make_rows)]
 
     def evaluate(self, name: str, model: Path, tests: dict[str, Sequence[Problem]]) -> None:
-        """Greedy accuracy (%) on every test set, and on the first one without the calculator."""
+        """Greedy accuracy (%) on every test set, and on the first one without the calculator too."""
 
         def make() -> list[dict]:
             rows = []
-            for at, (test, problems) in enumerate(tests.items()):
-                for calculator in (True, False)[: 2 if at == 0 else 1]:
-                    samples = self.generate(model, problems, f"{name} {test}", calculator=calculator)
-                    rationales = [row[0].text for row in samples]
-                    rows.append({
-                        "test": test, "calculator": calculator, "problems": len(problems),
-                        "accuracy": accuracy(rationales, problems), "rationales": rationales,
-                    })  # fmt: skip
+            for test, calculator in [(test, True) for test in tests] + [(next(iter(tests)), False)]:
+                samples = self.generate(model, tests[test], f"{name} {test}", calculator=calculator)
+                rationales = [row[0].text for row in samples]
+                row = {"test": test, "calculator": calculator, "accuracy": accuracy(rationales, tests[test])}
+                rows.append({**row, "rationales": rationales})
             self.log({"stage": name, **{column(row): row["accuracy"] for row in rows}})
             return rows
 
@@ -285,10 +260,8 @@ def main() -> None:
     problem = Problem("Tom has 3 boxes of 4 pens and loses 2. How many pens are left?", 10.0)
     samples = [
         "Tom has 3 * 4 = [ 3 * 4 = 12] 12 pens. He has 12 - 2 = [ 12 - 2 = 10] 10 left. #### 10",
-        "Tom has 3 * 4 = [ 3 * 4 = 12] 12 pens. Now 12 - 2 = [ 12 - 2 = 10] 10 pens are left. #### 10",
-        "The boxes hold 4 + 4 + 4 = [ 4 + 4 + 4 = 12] 12 things. #### 10",
+        "Tom has 3 * 4 = [ 3 * 4 = 12] 12 pens. Now 12 - 2 = [ 12 - 2 = 10] 10 are left. #### 10",
         "Tom has 3 + 4 = [ 3 + 4 = 7] 7 pens. He has 7 - 2 = [ 7 - 2 = 5] 5 left. #### 5",
-        "He loses 2.",
     ]
     print(f"{problem.question}  (answer {problem.answer:g})")
     for rationale in samples:

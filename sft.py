@@ -52,9 +52,8 @@ class Schedule:
 
 def make_examples(problems: Sequence, tokenizer: Tokenizer) -> list[Example]:
     """Encode problems that have a `question` and a formatted `rationale`."""
-    return [
-        Example(tokenizer.encode(p.question, MAX_SOURCE), tokenizer.encode(p.rationale, MAX_TARGET)) for p in problems
-    ]
+    encode = tokenizer.encode
+    return [Example(encode(p.question, MAX_SOURCE), encode(p.rationale, MAX_TARGET)) for p in problems]
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -120,23 +119,16 @@ def print_log(record: dict) -> None:
 
 
 def train(
-    model: T5,
-    items: Sequence,
-    n_steps: int,
-    loss_of: Callable[[T5, list], dict[str, Tensor]],
-    weight_of: Callable[[object], int],
-    schedule: Schedule,
-    name: str,
-    dropout: bool = True,
-    watch: Callable[[], dict[str, float]] = dict,
-    log: Callable[[dict], None] = print_log,
-) -> T5:
+    model: T5, items: Sequence, n_steps: int, loss_of: Callable[[T5, list], dict[str, Tensor]],
+    weight_of: Callable[[object], int], schedule: Schedule, name: str, dropout: bool = True,
+    watch: Callable[[], dict[str, float]] = dict, log: Callable[[dict], None] = print_log,
+) -> T5:  # fmt: skip
     """Train in place with AdamW for n_steps optimiser steps, and return the model in evaluation mode.
 
     loss_of(model, items) gives sums, "loss" among them; each is divided by the summed weight_of of the whole batch, so
     that the loss of a batch does not depend on how memory forces it to be cut. watch: more numbers for a logged step.
 
-    Raises: ValueError without items; RuntimeError when loss or gradient is no longer finite.
+    Raises: ValueError without items; FloatingPointError when loss or gradient is no longer finite.
     """
     if not items:
         raise ValueError(f"{name}: there is nothing to train on")
@@ -158,7 +150,7 @@ def train(
         # 2. One optimiser step.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm).item()
         if not math.isfinite(norm):
-            raise RuntimeError(f"{name}: the gradient of step {step + 1} is not finite; lower the learning rate")
+            raise FloatingPointError(f"{name}: the gradient of step {step + 1} is not finite; lower the learning rate")
         rate = learning_rate(step, n_steps, schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -172,13 +164,9 @@ def train(
 
 
 def train_sft(
-    model: T5,
-    examples: Sequence[Example],
-    n_epochs: int,
-    schedule: Schedule,
-    name: str = "SFT",
+    model: T5, examples: Sequence[Example], n_epochs: int, schedule: Schedule, name: str = "SFT",
     log: Callable[[dict], None] = print_log,
-) -> T5:
+) -> T5:  # fmt: skip
     """Fine-tune in place for n_epochs passes over the examples; the loss is a mean over rationale tokens."""
     n_steps = n_epochs * math.ceil(len(examples) / schedule.batch_size)
     return train(model, examples, n_steps, sft_loss, lambda example: len(example.labels), schedule, name, log=log)

@@ -48,11 +48,16 @@ def _svamp(raw: bytes) -> list[dict]:
     return rows
 
 
-_GSM8K = "TianduoWang/DPO-ST/e41ed260f28c93478541b3a3755da31df7fdc848/gsm8k"  # the paper's split
-DATASETS = {  # file: conversion, sha256 of the source, its address on the host
-    "gsm8k/train.jsonl": (None, "27c9db60d25ec1fb3d887dee85c1fc1134c0f1e974e654856683333f4c211f8f", f"{_GSM8K}/train.jsonl"),
-    "gsm8k/dev.jsonl": (None, "3117884193f6b49986ee8e951a9dfca739d5078017d1b776f283b51202f9b248", f"{_GSM8K}/dev.jsonl"),
-    "gsm8k/test.jsonl": (None, "17bd4903600088dfff5c92b025e2641cb515dea7fb14f60705fcb0c465997146", f"{_GSM8K}/test.jsonl"),
+def _gsm8k(part: str) -> list[str]:
+    """The paper's split has moved within the authors' repository: the same file at two commits."""
+    places = ("e50bce72d6d4ef8fd294856e5ff155a68506b2a7/data", "e41ed260f28c93478541b3a3755da31df7fdc848")
+    return [f"TianduoWang/DPO-ST/{place}/gsm8k/{part}.jsonl" for place in places]
+
+
+DATASETS = {  # file: conversion, sha256 of the source, its address on the host, or several to try in turn
+    "gsm8k/train.jsonl": (None, "27c9db60d25ec1fb3d887dee85c1fc1134c0f1e974e654856683333f4c211f8f", *_gsm8k("train")),
+    "gsm8k/dev.jsonl": (None, "3117884193f6b49986ee8e951a9dfca739d5078017d1b776f283b51202f9b248", *_gsm8k("dev")),
+    "gsm8k/test.jsonl": (None, "17bd4903600088dfff5c92b025e2641cb515dea7fb14f60705fcb0c465997146", *_gsm8k("test")),
     "multiarith/test.jsonl": (
         _multiarith, "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4",
         "kojima-takeshi188/zero_shot_cot/5ef330fcdeec0cd26aee27943504f91f8ec1c33c/dataset/MultiArith/MultiArith.json"),
@@ -69,8 +74,11 @@ FLAN_T5 = {  # size: revision of google/flan-t5-SIZE
     "xxl": "ae7c9136adc7555eeccc78cdd960dfd60fb346ce",
 }
 SHA256 = {  # one vocabulary serves all sizes; the hub states the sha256 of the other weights
-    "spiece.model": "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86",
-    "small/model.safetensors": "495fa51e204676f1a857a9fc13c4c89f3f5ba9f480b898cebca02add25e6d749",
+    "spiece.model": (
+        "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86",
+        "7cfce953c20315582dead0c1fba498ad884ac37c71c48429a75086b18f09a648",  # the same pieces without training settings
+    ),
+    "small/model.safetensors": ("495fa51e204676f1a857a9fc13c4c89f3f5ba9f480b898cebca02add25e6d749",),
 }
 
 
@@ -81,8 +89,14 @@ class DownloadError(RuntimeError):
 def fetch_datasets(cache: str | Path | None = None) -> Path:
     """Return the folder with gsm8k/{train,dev,test}.jsonl and {multiarith,asdiv,svamp}/test.jsonl. Raises DownloadError."""
     folder, host = _cache(cache) / "datasets", os.environ.get("DPO_ST_GITHUB") or "https://raw.githubusercontent.com"
-    for name, (convert, sha256, address) in DATASETS.items():
-        _download(f"{host}/{address}", folder / name, sha256, convert)
+    for name, (convert, sha256, *addresses) in DATASETS.items():
+        for address in addresses:
+            try:
+                _download(f"{host}/{address}", folder / name, (sha256,), convert)
+                break
+            except DownloadError as error:
+                if "404" not in str(error) or address == addresses[-1]:
+                    raise
     return folder
 
 
@@ -103,9 +117,9 @@ def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
     url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/google/flan-t5-{size}/resolve/{FLAN_T5[size]}"
     sharded = size in ("xl", "xxl")
     for name in ["config.json", "spiece.model"] + [f"{formats[0]}.index.json"] * sharded:
-        _download(f"{url}/{name}", folder / name, SHA256.get(name))
+        _download(f"{url}/{name}", folder / name, SHA256.get(name, ()))
     for name in _weight_files(folder, formats[0]):
-        _download(f"{url}/{name}", folder / name, SHA256.get(f"{size}/{name}"))
+        _download(f"{url}/{name}", folder / name, SHA256.get(f"{size}/{name}", ()))
     return folder
 
 
@@ -145,8 +159,8 @@ def _ask(url: str) -> tuple[str, int]:
     return checksum, int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0)
 
 
-def _download(url: str, path: Path, sha256: str | None, convert: Callable | None = None) -> None:
-    """Fetch a file unless it is there; check it against `sha256`, or else the checksum that the host states; convert it."""
+def _download(url: str, path: Path, known: tuple[str, ...], convert: Callable | None = None) -> None:
+    """Fetch a file unless it is there; check it against a known sha256, or else what the host states; convert it."""
     if path.is_file():
         return
     print(f"Fetching {url}", file=sys.stderr)
@@ -156,7 +170,7 @@ def _download(url: str, path: Path, sha256: str | None, convert: Callable | None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stated, length = _ask(url)
-        checksum = sha256 or stated
+        checksum = stated if stated in known or not known else known[0]
         if (lacking := length - shutil.disk_usage(path.parent).free) > 0:
             raise OSError(f"the disk lacks {lacking / 1e9:.2f} GB")
         if re.fullmatch("[0-9a-f]{64}", checksum):

@@ -79,10 +79,10 @@ def hosts(tmp_path, monkeypatch):
     server.datasets = datasets
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    for name, (convert, _, address) in sources.DATASETS.items():
+    for name, (convert, _, *addresses) in sources.DATASETS.items():
         body = {"gsm8k": GSM8K, "multiarith": MULTIARITH, "asdiv": ASDIV, "svamp": SVAMP}[name.partition("/")[0]]
-        server.files[f"/{address}"] = body
-        datasets[name] = (convert, sha256(body), address)
+        server.files[f"/{addresses[0]}"] = body
+        datasets[name] = (convert, sha256(body), *addresses)
     for size, revision in sources.FLAN_T5.items():
         folder = f"/google/flan-t5-{size}/resolve/{revision}"
         for weights in ("model.safetensors", "pytorch_model.bin"):
@@ -95,7 +95,7 @@ def hosts(tmp_path, monkeypatch):
                 server.files[f"{folder}/{weights}.index.json"] = json.dumps(index).encode()
         server.files |= {f"{folder}/config.json": b'{"d_model": 8}', f"{folder}/spiece.model": b"the vocabulary" * 1000}
     monkeypatch.setattr(sources, "DATASETS", datasets)
-    monkeypatch.setattr(sources, "SHA256", {"spiece.model": sha256(b"the vocabulary" * 1000)})
+    monkeypatch.setattr(sources, "SHA256", {"spiece.model": (sha256(b"the vocabulary" * 1000),)})
     monkeypatch.setattr(sources, "find_spec", lambda name: None)  # no safetensors, unless a test says so
     for name, value in {"DPO_ST_GITHUB": server.url, "HF_ENDPOINT": server.url, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
                         "DPO_ST_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "library")}.items():
@@ -299,15 +299,22 @@ def test_the_command_prints_the_folders_or_one_sentence(hosts, tmp_path, monkeyp
         fetch_flan_t5("tiny")
 
 
+def test_a_file_that_has_moved_is_found_at_its_other_address(hosts, tmp_path):
+    """The authors' split lies at two places of their history; either alone is enough."""
+    first, other = sources.DATASETS["gsm8k/dev.jsonl"][2:]
+    hosts.files[f"/{other}"] = hosts.files.pop(f"/{first}")
+    assert (fetch_datasets(tmp_path / "cache") / "gsm8k/dev.jsonl").exists()
+
+
 @pytest.mark.skipif(not (SHARED / "sources").is_dir(), reason="the untouched public files are not beside the repository")
 def test_the_real_sources_become_the_real_datasets(hosts, tmp_path, monkeypatch):
     """With the real checksums and the real files, the result is the datasets the paper used, byte for byte."""
     monkeypatch.undo()
     for name, value in {"DPO_ST_GITHUB": hosts.url, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    for name, (convert, _, address) in sources.DATASETS.items():
-        origin = SHARED / "sources" / Path(address).name if convert else SHARED / "data" / name
-        hosts.files[f"/{address}"] = origin.read_bytes()
+    for name, (convert, _, *addresses) in sources.DATASETS.items():
+        origin = SHARED / "sources" / Path(addresses[-1]).name if convert else SHARED / "data" / name
+        hosts.files |= {f"/{address}": origin.read_bytes() for address in addresses}
     folder = fetch_datasets(tmp_path / "cache")
     for name in sources.DATASETS:
         assert (folder / name).read_bytes() == (SHARED / "data" / name).read_bytes(), name
@@ -318,4 +325,4 @@ def test_the_pinned_revisions_are_the_known_ones():
     """A typing mistake in forty digits would show only on a machine with a network."""
     facts = json.loads((SHARED / "flan-t5/configs.json").read_text())
     assert {size: fact["revision"] for size, fact in facts.items()} == sources.FLAN_T5
-    assert facts["small"]["weight_files"]["model.safetensors"]["sha256"] == sources.SHA256["small/model.safetensors"]
+    assert facts["small"]["weight_files"]["model.safetensors"]["sha256"] == sources.SHA256["small/model.safetensors"][0]

@@ -1,0 +1,628 @@
+"""Self-training: the rules on text against a slow transcription of the paper's, and the order of Algorithms 1 and 2."""
+
+import hashlib
+import inspect
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+from math import floor, inf
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+import decode
+import selftrain
+from data.problems import Problem, load_problems
+from dpo import PreferencePair
+from model import T5, T5Config, load_flan_t5, save_flan_t5
+from run import Config
+from selftrain import (
+    Stages, accuracy, deduplicate, extract_answer, is_correct, jaccard, make_pairs, make_pseudo_labels, self_train,
+    split_samples,
+)  # fmt: skip
+from sft import make_examples, train_sft
+from tokenizer import Tokenizer, format_rationale
+
+WORDS = SimpleNamespace(piece_set=lambda text: frozenset(text.split()))  # a tokenizer whose pieces are the words
+
+
+# ------------------------------------------------------------------------------ PAPER.md's rules, slow and literal
+
+
+def literal_answer(text: str) -> float | None:
+    """The last `#+ NUMBER`: digits, points, commas, an optional minus; commas removed; read as a float."""
+    found = None
+    for at in range(len(text)):
+        if text[at : at + 2] == "# ":
+            end = at + 2 + (text[at + 2 : at + 3] == "-")
+            start = end
+            while end < len(text) and text[end] in "0123456789.,":
+                end += 1
+            if end > start:
+                found = text[at + 2 : end]
+    try:
+        return None if found is None or abs(float(found.replace(",", ""))) == inf else float(found.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def literal_similarity(a: str, b: str, pieces) -> Fraction:
+    return Fraction(len(pieces(a) & pieces(b)), len(pieces(a) | pieces(b)))
+
+
+def literal_deduplication(rationales: list[str], pieces) -> list[str]:
+    kept = []
+    for rationale in rationales:
+        mine, too_similar = pieces(rationale), False
+        for other in map(pieces, kept):
+            too_similar |= 10 * len(mine & other) > 7 * len(mine | other)  # in whole numbers: exact at 0.7
+        if not too_similar:
+            kept.append(rationale)
+    return kept
+
+
+def literal_sides(problem: Problem, samples: list[str], pieces) -> tuple[list[str], list[str]]:
+    """Winning and losing rationales of one question, deduplicated."""
+    winning, losing, seen = [problem.rationale] if problem.rationale else [], [], []
+    for sample in samples:
+        if sample not in seen:
+            seen.append(sample)
+            found = literal_answer(sample)
+            (winning if found is not None and abs(found - problem.answer) < 1e-4 else losing).append(sample)
+    return literal_deduplication(winning, pieces), literal_deduplication(losing, pieces)
+
+
+def literal_percentile(counts: list[int]) -> int:
+    """The 90th percentile, between neighbours by the straight line, cut to a whole number; exact."""
+    counts, place = sorted(counts), Fraction(9, 10) * (len(counts) - 1)
+    below, above = counts[floor(place)], counts[min(floor(place) + 1, len(counts) - 1)]
+    return floor(below + (above - below) * (place - floor(place)))
+
+
+def literal_pseudo_labels(problems: list[Problem], samples: list[list[str]], pieces) -> list[tuple[str, str]]:
+    kept = [(p.question, literal_sides(p, row, pieces)[0]) for p, row in zip(problems, samples)]
+    most = literal_percentile([len(row) for _, row in kept if row] or [0])
+    return [(question, rationale) for question, row in kept for rationale in row[:most]]
+
+
+def check_against_the_rules(problems: list[Problem], samples: list[list[str]], tokenizer, pieces) -> Counter:
+    """Compare pairs and pseudo-labels with the literal rules; count what has been seen on the way."""
+    seen = Counter()
+    pairs = make_pairs(problems, samples, tokenizer)
+    assert all(isinstance(pair, PreferencePair) for pair in pairs)
+    by_question = {problem.question: [] for problem in problems}
+    for pair in pairs:
+        by_question[pair.question].append((pair.chosen, pair.rejected))
+    assert [pair.question for pair in pairs] == [q for q, found in by_question.items() for _ in found]
+    for problem, row in zip(problems, samples, strict=True):
+        winning, losing = literal_sides(problem, row, pieces)
+        possible = [(w, l) for w in winning for l in losing]
+        found = by_question[problem.question]
+        assert set(found) <= set(possible) and len(set(found)) == len(found)
+        # Equally similar pairs may change places; their similarities may not.
+        ranked = sorted(literal_similarity(w, l, pieces) for w, l in possible)
+        assert sorted(literal_similarity(w, l, pieces) for w, l in found) == ranked[:3]
+        seen["more pairs than three"] += len(possible) > 3
+        seen["no pair"] += not possible
+        seen["gold chosen"] += any(w == problem.rationale for w, _ in found)
+        seen["a sample chosen"] += any(w != problem.rationale for w, _ in found)
+    labels = make_pseudo_labels(problems, samples, tokenizer)
+    assert [(label.question, label.rationale) for label in labels] == literal_pseudo_labels(problems, samples, pieces)
+    answers = {problem.question: problem.answer for problem in problems}
+    assert all(isinstance(label, Problem) and label.answer == answers[label.question] for label in labels)
+    assert {(p.question, p.rationale) for p in problems if p.rationale} <= {(p.question, p.rationale) for p in labels}
+    seen["capped"] += len(labels) < sum(len(literal_sides(p, row, pieces)[0]) for p, row in zip(problems, samples))
+    return seen
+
+
+# ----------------------------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("6 + 12 = [ 6 + 12 = 18] 18 pens. #### 18", 18.0),
+        ("#### 18.0", 18.0),
+        ("#### 1,800", 1800.0),
+        ("#### -3", -3.0),
+        ("#### 18.", 18.0),  # a full stop after the number
+        ("#### .5", 0.5),
+        ("# 7", 7.0),  # any number of #
+        ("#### 5 #### 6", 6.0),  # a model that goes on after its answer: the last one counts
+        ("#### 18 pens", 18.0),
+        ("The answer is 18.", None),
+        ("", None),
+        ("####", None),
+        ("####18", None),  # the format has a space, and so has every rationale trained on
+        ("#### $18", None),
+        ("#### .", None),
+        ("#### ,", None),
+        ("#### -", None),
+        ("#### 1.2.3", None),
+        ("#### ٣", None),  # a digit to Python, not to the paper
+        ("#### " + "9" * 400, None),  # infinite as a float: no answer, and no crash where it is compared
+    ],
+)
+def test_answers_are_found_where_the_format_puts_them(text, answer):
+    """What a model writes is never an error: one odd sample of 60,000 must not stop a run, or count as solved."""
+    assert extract_answer(text) == answer
+
+
+def test_extraction_follows_the_rule_on_random_text():
+    """A regular expression is easily right on tidy text alone; here it meets 10,000 untidy ones."""
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(10_000):
+        text = "".join(rng.choice(list("## ## 017-.,a"), rng.integers(1, 14)))
+        assert extract_answer(text) == literal_answer(text), text
+        found += extract_answer(text) is not None
+    assert found > 500
+
+
+def test_an_answer_is_correct_within_a_ten_thousandth():
+    """1/3 is written 0.33333 by one and 0.3333333 by another; but no integer may pass for its neighbour."""
+    assert is_correct("#### 18", 18.0) and is_correct("#### 18.00009", 18.0) and is_correct("#### 17.99991", 18.0)
+    assert not is_correct("#### 18.00011", 18.0) and not is_correct("#### 17.99989", 18.0)
+    assert is_correct("#### 1,800.0", 1800.0) and not is_correct("#### -18", 18.0)
+    assert not is_correct("no number", 0.0) and not is_correct("#### .", 0.0)
+
+
+def test_samples_are_split_once_each_in_their_order():
+    """Exact duplicates are frequent at temperature 0.7 and would fill the pairs; the order decides which near one stays."""
+    right, also_right, wrong, none = "a #### 5", "b #### 5.0", "c #### 6", "d"
+    rationales = [wrong, right, none, right, also_right, wrong, none, wrong]
+    assert split_samples(rationales, 5.0) == ([right, also_right], [wrong, none])
+    assert split_samples([], 5.0) == ([], [])
+
+
+def test_accuracy_is_in_percent_of_the_problems():
+    """The table stands beside the paper's, which are percentages. A missing rationale must not shift the others."""
+    problems = [Problem(f"q{i}", float(i)) for i in range(4)]
+    assert accuracy(["#### 0", "#### 1.0", "#### 9", "nothing"], problems) == 50.0
+    with pytest.raises(ValueError):
+        accuracy(["#### 0"], problems)
+
+
+# ------------------------------------------------------------------------------------------- pairs and pseudo-labels
+
+
+def test_jaccard_by_hand():
+    """Shared pieces over all pieces, as sets: {a b c} and {b c d e} share 2 of 5."""
+    assert jaccard(frozenset("abc"), frozenset("bcde")) == pytest.approx(0.4)
+    assert jaccard(frozenset("bcde"), frozenset("abc")) == pytest.approx(0.4)
+    assert jaccard(frozenset("ab"), frozenset("ab")) == 1 and jaccard(frozenset("ab"), frozenset("cd")) == 0
+    assert jaccard(frozenset(), frozenset("a")) == 0
+    assert jaccard(frozenset(), frozenset()) == 1  # two empty rationales are the same rationale
+
+
+def test_a_rationale_as_similar_as_the_threshold_is_kept():
+    """At most 0.7 is kept: 7 words of 10 are exactly that, 8 of 11 more. With < the authors' numbers would not be ours."""
+    first = "a b c d e f g h"
+    border = "a b c d e f g i j"  # shares 7, together 10
+    beyond = "a b c d e f g h i j k"  # shares 8, together 11
+    assert jaccard(*map(WORDS.piece_set, (first, border))) == 0.7
+    assert deduplicate([first, border], WORDS) == [first, border]
+    assert deduplicate([first, beyond], WORDS) == [first]
+
+
+def test_deduplication_compares_with_every_kept_one_and_no_dropped_one():
+    """Near to the first is enough to go, and who is gone drags no third one along; the first always stays."""
+    a, near_a, near_that, other = "a b c d e f", "a b c d e g", "a b c d h g", "x y"
+    similarity = [jaccard(*map(WORDS.piece_set, pair)) for pair in ((a, near_a), (near_a, near_that), (a, near_that))]
+    assert similarity[0] > 0.7 and similarity[1] > 0.7 and similarity[2] < 0.7
+    assert deduplicate([a, other, near_a, near_that, other], WORDS) == [a, other, near_that]
+    assert deduplicate([near_a, a, near_that], WORDS) == [near_a]
+    assert deduplicate([], WORDS) == []
+
+
+def test_similarity_counts_each_piece_once():
+    """The measure is on the SET of pieces: a rationale that repeats itself is still the same rationale."""
+    assert deduplicate(["a b #### 5", "a a b b a b #### 5"], WORDS) == ["a b #### 5"]
+
+
+def test_the_gold_rationale_outlives_its_copies():
+    """Whatever the model samples, the human rationale stands first, so that L is never diluted by paraphrases of itself."""
+    problem = Problem("q", 5.0, "one two three four five #### 5")
+    copies = ["one two three four six #### 5", problem.rationale, "other words #### 5"]
+    labels = make_pseudo_labels([problem], [copies], WORDS)
+    assert [label.rationale for label in labels] == [problem.rationale, "other words #### 5"]
+    pairs = make_pairs([problem], [[*copies, "no"]], WORDS)
+    assert {pair.chosen for pair in pairs} == {problem.rationale, "other words #### 5"}
+
+
+def test_the_three_least_similar_pairs_are_kept():
+    """Pairs that differ in most words teach most. Two winning, two losing: of the four, the most similar one goes."""
+    problem = Problem("q", 5.0, "a b c #### 5")
+    winning, losing = "d e f #### 5", ["a b c #### 6", "x y z #### 6"]
+    pairs = make_pairs([problem], [[winning, *losing]], WORDS)
+    assert {(pair.chosen, pair.rejected) for pair in pairs} == {
+        (problem.rationale, losing[1]), (winning, losing[0]), (winning, losing[1])
+    }  # fmt: skip
+    assert len(pairs) == 3 and {pair.question for pair in pairs} == {"q"}
+
+
+def test_questions_without_both_sides_give_no_pair():
+    """No losing sample: solved already. No winning one and no human rationale: nothing to prefer. Neither is an error."""
+    solved = Problem("solved", 5.0, "gold #### 5")
+    unsolved = Problem("unsolved", 5.0)
+    assert make_pairs([solved, unsolved], [["a b #### 5"], ["c #### 6", "d #### 7"]], WORDS) == []
+    assert make_pairs([solved], [["c #### 6"]], WORDS) == [PreferencePair("solved", "gold #### 5", "c #### 6")]
+    assert make_pairs([unsolved], [["c #### 6", "a #### 5"]], WORDS) == [PreferencePair("unsolved", "a #### 5", "c #### 6")]
+    assert make_pairs([], [], WORDS) == []
+
+
+def test_pseudo_labels_are_capped_at_the_ninetieth_percentile():
+    """Nine questions with one rationale and one with nine: the percentile is 1.8, cut to 1. Easy questions would else
+    crowd out the rest. Questions that nothing solved are not counted: with them, the cap could fall to 0 and take L along."""
+    problems = [Problem(f"q{i}", 5.0) for i in range(10)]
+    samples = [["only #### 5"]] * 9 + [[f"a{i} b{i} c{i} #### 5" for i in range(9)]]
+    assert [label.question for label in make_pseudo_labels(problems, samples, WORDS)] == [p.question for p in problems]
+    unsolved = [Problem(f"u{i}", 5.0) for i in range(200)]
+    samples += [["wrong #### 6"]] * 200
+    assert [label.question for label in make_pseudo_labels(problems + unsolved, samples, WORDS)] == [
+        problem.question for problem in problems
+    ]
+    many = [[f"{i} {k} x{k} y{k} #### 5" for k in range(4)] for i in range(10)]
+    assert len(make_pseudo_labels(problems, many, WORDS)) == 40  # all alike: the cap takes nothing away
+    assert make_pseudo_labels(problems, [[]] * 10, WORDS) == []
+
+
+def random_world(rng) -> tuple[list[Problem], list[list[str]]]:
+    """Questions with and without a gold rationale, and samples of few words, so that near duplicates are frequent."""
+    richness = int(rng.integers(3, 13))
+
+    def rationale(answer: int) -> str:
+        words = rng.choice(list("abcdefghijkl")[:richness], rng.integers(1, 12))
+        return " ".join(words) + rng.choice([f" #### {answer}", f" #### {answer}.0", "", " ####"], p=[0.7, 0.1, 0.1, 0.1])
+
+    problems, samples = [], []
+    for i in range(rng.integers(1, 14)):
+        answer = int(rng.integers(0, 3))
+        gold = f"gold {rationale(answer)} #### {answer}" if rng.random() < 0.6 else None
+        problems.append(Problem(f"q{i}", float(answer), gold))
+        samples.append([rationale(int(rng.integers(0, 3))) for _ in range(rng.integers(0, 16))])
+        if gold and rng.random() < 0.3:
+            samples[-1].append(gold)
+    return problems, samples
+
+
+def test_pairs_and_pseudo_labels_follow_the_rules_on_random_samples():
+    """Three hundred worlds against the transcription: every rule meets every other one, in the order of PAPER.md."""
+    rng, seen = np.random.default_rng(0), Counter()
+    for _ in range(300):
+        seen += check_against_the_rules(*random_world(rng), WORDS, WORDS.piece_set)
+    assert min(seen[case] for case in ("more pairs than three", "no pair", "gold chosen", "a sample chosen", "capped")) > 40
+
+
+def test_pairs_and_pseudo_labels_follow_the_rules_on_real_rationales(shared):
+    """The same with GSM8K's text and T5's vocabulary: paraphrases of the gold rationale, wrong ends, other solutions."""
+    rng, pieces_of = np.random.default_rng(0), {}
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(shared / "flan-t5" / "spiece.model"))
+
+    def pieces(text: str) -> set[str]:
+        if text not in pieces_of:
+            pieces_of[text] = set(processor.encode(text, out_type=str))
+        return pieces_of[text]
+
+    problems = load_problems(shared / "data" / "gsm8k" / "train.jsonl")[:150]
+    problems = [replace(p, rationale=format_rationale(p.rationale)) for p in problems]
+    assert all(is_correct(problem.rationale, problem.answer) for problem in problems)
+    samples = []
+    for problem in problems:
+        row, words = [], problem.rationale.split(" ")
+        for _ in range(rng.integers(0, 8)):
+            kind, other = rng.integers(5), problems[rng.integers(len(problems))]
+            end = problem.answer if rng.random() < 0.6 else problem.answer + 1
+            body, _, _ = (other.rationale if kind == 0 else problem.rationale).rpartition("####")
+            if kind == 1:  # a part of it
+                body = " ".join(words[: rng.integers(1, len(words))]) + " "
+            if kind == 2:  # a paraphrase
+                body = body.replace(" the ", " these ").replace(words[0], "Then")
+            row.append(body if kind == 3 else f"{body}#### {end:g}")
+        samples.append(row)
+    problems = [replace(p, rationale=None) if rng.random() < 0.3 else p for p in problems]
+    seen = check_against_the_rules(problems, samples, Tokenizer(shared / "flan-t5"), pieces)
+    assert min(seen[case] for case in ("no pair", "gold chosen", "a sample chosen")) > 10
+
+
+# ------------------------------------------------------------------------------------------------ Algorithms 1 and 2
+
+
+class Notebook:
+    """Stages that do no work but write down what they were asked. A model is a name that tells where it comes from."""
+
+    def __init__(self):
+        self.calls, self.names, self.given = [], [], []
+
+    def note(self, name: str, *call, given) -> None:
+        self.calls.append(call)
+        self.names.append(name)
+        self.given.append(given)
+
+    def of(self, stage: str) -> list:
+        """What each call of a stage was given, in order."""
+        return [given for call, given in zip(self.calls, self.given) if call[0] == stage]
+
+    def sft(self, name, problems):
+        self.note(name, "sft", given=list(problems))
+        return f"sft {len(self.of('sft')) - 1}"
+
+    def dpo(self, name, policy, pairs):
+        self.note(name, "dpo", policy, given=pairs)
+        return f"dpo of {policy}"
+
+    def sample(self, name, model, problems, n_samples):
+        self.note(name, "sample", model, n_samples, given=list(problems))
+        return [[f"{model}, {p.question}, {k} #### {p.answer + k % 2:g}" for k in range(n_samples)] for p in problems]
+
+    def pairs(self, name, problems, samples):
+        self.note(name, "pairs", given=(list(problems), [list(row) for row in samples]))
+        return make_pairs(problems, samples, WORDS)
+
+    def pseudo_labels(self, name, problems, samples):
+        self.note(name, "pseudo-labels", given=(list(problems), [list(row) for row in samples]))
+        return make_pseudo_labels(problems, samples, WORDS)
+
+    def evaluate(self, name, model, tests):
+        self.note(name, "evaluate", model, given=tests)
+
+
+L = [Problem(f"l{i}", float(i), f"a human writes about l{i} #### {i}") for i in range(4)]
+U = [Problem(f"u{i}", float(i), f"secret rationale of u{i} #### {i}") for i in range(3)]
+L_AS_U = [replace(problem, rationale=f"secret rationale of {problem.question}") for problem in L]
+
+
+def notes_of(method: str, labeled=L, unlabeled=L_AS_U, rounds: int = 2) -> Notebook:
+    notebook = Notebook()
+    config = SimpleNamespace(rounds=rounds, dpo_samples=5, sft_samples=3, st_samples=8)
+    self_train(method, labeled, unlabeled, {"test": U}, config, notebook)
+    return notebook
+
+
+def test_algorithm_2_takes_its_steps_in_the_papers_order():
+    """Line by line: pairs come from f', labels from f_d, DPO starts at the newest f', and each round at the newest f'."""
+    assert notes_of("dpo-st").calls == [
+        ("sft",), ("evaluate", "sft 0"),
+        ("sample", "sft 0", 5), ("pairs",), ("dpo", "sft 0"),
+        ("sample", "dpo of sft 0", 3), ("pseudo-labels",), ("sft",), ("evaluate", "sft 1"),
+        ("sample", "sft 1", 5), ("pairs",), ("dpo", "sft 1"),
+        ("sample", "dpo of sft 1", 3), ("pseudo-labels",), ("sft",), ("evaluate", "sft 2"),
+    ]  # fmt: skip
+
+
+def test_algorithm_1_takes_its_steps_in_the_papers_order():
+    """Plain self-training is the baseline: the same loop, without a trace of preferences."""
+    assert notes_of("st").calls == [
+        ("sft",), ("evaluate", "sft 0"),
+        ("sample", "sft 0", 8), ("pseudo-labels",), ("sft",), ("evaluate", "sft 1"),
+        ("sample", "sft 1", 8), ("pseudo-labels",), ("sft",), ("evaluate", "sft 2"),
+    ]  # fmt: skip
+    assert notes_of("st", rounds=0).calls == notes_of("dpo-st", rounds=0).calls == [("sft",), ("evaluate", "sft 0")]
+
+
+def test_samples_add_up_over_the_rounds_each_kind_by_itself():
+    """Pairs are made from all SFT models' samples, labels from all DPO models': a mixture would be another algorithm."""
+    notebook = notes_of("dpo-st", rounds=3)
+    for stage, model, n in (("pairs", "sft {}", 5), ("pseudo-labels", "dpo of sft {}", 3)):
+        for past, (problems, samples) in enumerate(notebook.of(stage), start=1):
+            for problem, row in zip(problems, samples, strict=True):
+                sources = [model.format(number) for number in range(past) for _ in range(n)]
+                assert [rationale.split(", ")[:2] for rationale in row] == [[s, problem.question] for s in sources]
+    for past, (problems, samples) in enumerate(notes_of("st", rounds=3).of("pseudo-labels"), start=1):
+        assert all(len(row) == 8 * past for row in samples)
+
+
+def test_dpo_and_sft_are_given_all_that_was_made_for_them():
+    """The warm-up sees L alone; every later SFT the pseudo-labels of its own round; DPO the pairs of its own round."""
+    notebook = notes_of("dpo-st")
+    warm_up, *later = notebook.of("sft")
+    assert warm_up == L
+    for given, (problems, samples) in zip(later, notebook.of("pseudo-labels"), strict=True):
+        assert given == make_pseudo_labels(problems, samples, WORDS)
+    for given, (problems, samples) in zip(notebook.of("dpo"), notebook.of("pairs"), strict=True):
+        assert given == make_pairs(problems, samples, WORDS) and given
+    assert notebook.of("evaluate") == [{"test": U}] * 3
+
+
+@pytest.mark.parametrize("method", ["st", "dpo-st"])
+@pytest.mark.parametrize("unlabeled", [L_AS_U, U, L_AS_U[2:] + U, []], ids=["U is L", "apart", "overlapping", "empty"])
+def test_sft_always_sees_all_of_l(method, unlabeled):
+    """f' = SFT(f, L + S_a) whatever U is: labeled problems that nobody samples for must not be lost after the warm-up."""
+    for given in notes_of(method, unlabeled=unlabeled).of("sft"):
+        counts = Counter((problem.question, problem.rationale) for problem in given)
+        assert all(counts[problem.question, problem.rationale] == 1 for problem in L)
+
+
+def test_two_human_rationales_of_one_question_both_stay():
+    """Own data may solve a question twice. Both are L, and L is in every SFT set; the warm-up is trained on both."""
+    labeled = [*L, replace(L[0], rationale="quite another way of thinking #### 0")]
+    for unlabeled in (L_AS_U, U):
+        for given in notes_of("st", labeled, unlabeled).of("sft"):
+            assert {(p.question, p.rationale) for p in labeled} <= {(p.question, p.rationale) for p in given}
+
+
+@pytest.mark.parametrize("method", ["st", "dpo-st"])
+def test_rationales_of_the_unlabeled_set_are_never_used(method):
+    """U is questions and answers only. In the tiny run its rationales are known: one that leaks is training on the secret.
+    A question of U that is also in L has L's rationale, in L's spelling."""
+    notebook = notes_of(method, unlabeled=L_AS_U[2:] + U)
+    assert "secret" not in repr([given for call, given in zip(notebook.calls, notebook.given) if call[0] != "evaluate"])
+    for problems in notebook.of("sample"):
+        assert [problem.question for problem in problems] == ["l2", "l3", "u0", "u1", "u2"]
+        assert [problem.rationale for problem in problems] == [L[2].rationale, L[3].rationale, None, None, None]
+
+
+def test_stages_have_names_of_their_own_and_the_methods_share_the_warm_up():
+    """A result is kept under its stage's name: two stages of one name would be done once, and the second be wrong."""
+    st, dpo_st = notes_of("st").names, notes_of("dpo-st").names
+    assert len(set(st)) == len(st) and len(set(dpo_st)) == len(dpo_st)
+    assert set(st) & set(dpo_st) == set(st[:2]) == set(dpo_st[:2])
+
+
+# ---------------------------------------------------------------------------------------------------------- the stages
+
+SUMS = [
+    Problem(f"How many are {a} + {b}?", float(a + b), f"{a} + {b} = [ {a} + {b} = {a + b}] {a + b}. #### {a + b}")
+    for a, b in [(1, 2), (5, 1), (2, 6), (4, 3), (7, 2), (3, 3), (6, 1), (1, 8), (2, 2), (4, 5)]
+]
+CONFIG = Config(
+    rounds=1, dpo_samples=3, sft_samples=2, st_samples=3, max_new_tokens=32, sft_epochs=8, sft_learning_rate=1e-2,
+    sft_batch_size=6, dpo_steps=3, dpo_learning_rate=1e-4, dpo_batch_size=4, held_out=0.2, decode_batch_size=16, log_every=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A checkpoint folder: a random two-layer T5 and a vocabulary of some forty pieces."""
+    folder = tmp_path_factory.mktemp("base")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(f"{p.question} {p.rationale}" for p in SUMS), model_prefix=str(folder / "spiece"), vocab_size=45,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    vocab_size = Tokenizer(folder).vocab_size
+    config = T5Config(d_model=32, d_ff=48, n_heads=2, n_layers=2, d_kv=16, vocab_size=vocab_size, dropout=0.0)
+    save_flan_t5(T5(config), folder)
+    return folder
+
+
+class Shelf:
+    """A run folder in miniature: rows as JSON in memory, models as checkpoint folders, and Stages that use both."""
+
+    def __init__(self, base: Path, path: Path, config: Config = CONFIG):
+        self.base, self.path, self.rows, self.logs = base, path, {}, []
+        self.stages = Stages(base, Tokenizer(base), config, self.keep_rows, self.keep_model, self.logs.append)
+
+    def keep_rows(self, name, make):
+        if name not in self.rows:
+            self.rows[name] = json.dumps(make())
+        return json.loads(self.rows[name])
+
+    def keep_model(self, name, make):
+        folder = self.path / name
+        if not folder.exists():
+            save_flan_t5(make(), folder)
+            shutil.copy(self.base / "spiece.model", folder)
+        return folder
+
+
+def weights(folder: Path) -> list[torch.Tensor]:
+    return list(load_flan_t5(folder).state_dict().values())
+
+
+def same_bytes(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_a_whole_round_of_both_methods_on_ten_sums(base, tmp_path):
+    """Six labeled sums, four without rationale: every stage runs and hands on what the next one reads, the losses fall,
+    the base weights on disk stay as they were."""
+    before = hashlib.sha256((base / "pytorch_model.bin").read_bytes()).hexdigest()
+    shelf = Shelf(base, tmp_path)
+    for method in ("st", "dpo-st"):
+        self_train(method, SUMS[:6], SUMS, {"seen": SUMS[:6], "new": SUMS[6:]}, CONFIG, shelf.stages)
+    assert hashlib.sha256((base / "pytorch_model.bin").read_bytes()).hexdigest() == before
+    rows = {name: json.loads(text) for name, text in shelf.rows.items()}
+    evaluations = {name: made for name, made in rows.items() if "evaluation" in name}
+    assert len(evaluations) == 3
+    for made in evaluations.values():
+        assert [(row["test"], row["calculator"]) for row in made].count(("seen", False)) == 1
+        assert {row["test"] for row in made if row["calculator"]} == {"seen", "new"}
+    folders = [path.parent for path in tmp_path.glob("**/config.json")]
+    assert len(folders) == 4  # the shared warm-up, ST's round, and DPO-ST's two
+    warm_up, after_dpo = (weights(next(f for f in folders if key in str(f))) for key in ("warm-up", "dpo-st/round-1/dpo"))
+    assert not same_bytes(warm_up, weights(base)) and not same_bytes(after_dpo, warm_up)
+    labels = next(made for name, made in rows.items() if "dpo-st" in name and "pseudo" in name)
+    assert {p.rationale for p in SUMS[:6]} <= {row["rationale"] for row in labels}
+    pairs = next(made for name, made in rows.items() if "pairs" in name and "samples" not in name)
+    assert pairs and all(set(row) == {"question", "chosen", "rejected"} for row in pairs)
+    for stage in {log["stage"] for log in shelf.logs if str(log["stage"]).endswith("sft")}:
+        losses = [log["loss"] for log in shelf.logs if log["stage"] == stage]
+        assert len(losses) >= 8 and losses[-1] < 0.7 * losses[0]
+    dpo = [log for log in shelf.logs if "held_out_loss" in log]
+    assert len(dpo) == 3 and dpo[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+
+
+def test_sft_starts_from_the_base_weights_every_time(base, tmp_path):
+    """DESIGN.md, invariant 7. The same set must give the same weights in round 1 and in round 3, whatever lay between;
+    going on from the last round's model would be another method (and train L for 8 epochs more each time)."""
+    config = replace(CONFIG, sft_epochs=2)
+    shelf = Shelf(base, tmp_path, config)
+    first = shelf.stages.sft("first", SUMS[:6])
+    shelf.stages.sft("between", SUMS[3:])
+    shelf.stages.dpo("dpo", first, [PreferencePair(p.question, p.rationale, "no") for p in SUMS[:3]])
+    again = shelf.stages.sft("again", SUMS[:6])
+    assert first != again and same_bytes(weights(first), weights(again))
+    by_hand = train_sft(
+        load_flan_t5(base), make_examples(SUMS[:6], Tokenizer(base)), 2, shelf.stages.schedule(1e-2, 6), log=lambda record: 0
+    )
+    assert same_bytes(list(by_hand.state_dict().values()), weights(first))
+
+
+def test_dpo_starts_from_the_model_it_is_given_and_leaves_it_alone(base, tmp_path):
+    """f_d = DPO(f', f', D): from f', not from the base. And f' is needed again if the run stops here."""
+    shelf = Shelf(base, tmp_path, replace(CONFIG, sft_epochs=2, dpo_learning_rate=1e-9))
+    policy = shelf.stages.sft("sft", SUMS)
+    before = weights(policy)
+    trained = shelf.stages.dpo("dpo", policy, [PreferencePair(p.question, p.rationale, "no") for p in SUMS[:5]])
+    assert trained != policy and same_bytes(weights(policy), before)
+    for ours, start in zip(weights(trained), before):
+        torch.testing.assert_close(ours, start, atol=1e-6, rtol=1e-6)
+
+
+def test_pairs_are_held_out_by_question(base, tmp_path, monkeypatch):
+    """One question's pairs share the question and often the chosen side: held out one by one, they would not be unseen."""
+    asked = {}
+
+    def fake(policy, pairs, held_out, *rest, **named):
+        asked.update(train=pairs, held_out=held_out)
+        return policy
+
+    monkeypatch.setattr(selftrain, "train_dpo", fake)
+    pairs = [PreferencePair(p.question, p.rationale, wrong) for p in SUMS for wrong in ("no", "#### 99")]
+    Shelf(base, tmp_path).stages.dpo("dpo", base, pairs)
+    train, held_out = ({pair.input_ids for pair in asked[part]} for part in ("train", "held_out"))
+    assert (len(train), len(held_out)) == (8, 2) and not train & held_out
+    assert len(asked["train"]) + len(asked["held_out"]) == len(pairs)
+
+
+def test_without_pairs_the_dpo_step_is_skipped_and_says_so(base, tmp_path):
+    """Early models may solve nothing, late ones everything: the round then goes on with f' itself."""
+    shelf = Shelf(base, tmp_path)
+    assert shelf.stages.dpo("dpo", base, []) == base
+    assert shelf.logs and "dpo" in str(shelf.logs)
+
+
+def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkeypatch):
+    """Samples: temperature 0.7, top-k 50, the calculator on, and other random numbers in every stage, or round 2 would
+    draw round 1's samples again. Evaluation: greedy, one rationale each, and once without the calculator."""
+    calls = []
+
+    def fake(*args, **named):
+        bound = inspect.signature(decode.generate).bind(*args, **named)
+        bound.apply_defaults()
+        calls.append(SimpleNamespace(**bound.arguments))
+        return [[SimpleNamespace(text="#### 3") for _ in range(calls[-1].n_samples)] for _ in calls[-1].questions]
+
+    monkeypatch.setattr(selftrain, "generate", fake)
+    shelf = Shelf(base, tmp_path)
+    for name in ("a", "b", "a"):  # the second "a" is on the shelf already
+        samples = shelf.stages.sample(name, base, SUMS, 4)
+    assert samples == [["#### 3"] * 4] * 10 and len(calls) == 2 and calls[0].seed != calls[1].seed
+    for call in calls:
+        assert (call.temperature, call.top_k, call.n_samples, call.calculator) == (0.7, 50, 4, True)
+        assert call.questions == [problem.question for problem in SUMS] and call.max_new_tokens == 32
+    other_seed = Shelf(base, tmp_path, replace(CONFIG, seed=43))
+    other_seed.stages.sample("a", base, SUMS, 4)
+    assert calls[2].seed != calls[0].seed
+    calls.clear()
+    shelf.stages.evaluate("evaluation", base, {"one": SUMS[:3], "two": SUMS})
+    assert sorted((len(call.questions), call.calculator) for call in calls) == [(3, False), (3, True), (10, True)]
+    assert all((call.temperature, call.n_samples, call.max_new_tokens) == (0, 1, 32) for call in calls)
+    rows = json.loads(shelf.rows["evaluation"])
+    assert [row["accuracy"] for row in rows if row["test"] == "two"] == [10.0]  # 1 + 2 is the only 3 of ten
