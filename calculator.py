@@ -1,7 +1,7 @@
 """A calculator for what a language model writes: four operations, brackets, and nothing that could be executed.
 
-Source: paper, section 3.2. What is left out on purpose: names, powers, functions, comparison; `eval` and time limits
-are not needed where the grammar itself is bounded in length, depth and size.
+Source: paper, section 3.2. Left out on purpose: names, powers, functions; `eval` and time limits are not needed where
+the grammar itself is bounded in length, depth and size.
 
     python calculator.py "48 / 2"
 """
@@ -21,7 +21,6 @@ TOKEN = re.compile(rf"{NUMBER}|[-+*/()%]")
 class Refused(Exception):
     """The tokens do not form an expression this calculator evaluates."""
 
-
 def calculate(expression: str) -> str | None:
     """Evaluate arithmetic and print the result as a rationale shows it; None for anything else.
 
@@ -37,7 +36,7 @@ def calculate(expression: str) -> str | None:
         value = read_sum(tokens, MAX_DEPTH)
     except (Refused, ZeroDivisionError):
         return None
-    return None if tokens else format_number(value)
+    return format_number(value) if not tokens and abs(value) <= MAX_SIZE else None  # nan compares as False
 
 
 def format_number(value: float) -> str:
@@ -58,7 +57,7 @@ def read_sum(tokens: deque[str], depth: int) -> float:
     value = read_product(tokens, depth)
     while tokens and tokens[0] in "+-":
         sign, right = tokens.popleft(), read_product(tokens, depth)
-        value = bounded(value + right if sign == "+" else value - right)
+        value = value + right if sign == "+" else value - right
     return value
 
 
@@ -66,7 +65,7 @@ def read_product(tokens: deque[str], depth: int) -> float:
     value = read_factor(tokens, depth)
     while tokens and tokens[0] in "*/":
         sign, right = tokens.popleft(), read_factor(tokens, depth)
-        value = bounded(value * right if sign == "*" else value / right)
+        value = value * right if sign == "*" else value / right
     return value
 
 
@@ -83,15 +82,9 @@ def read_factor(tokens: deque[str], depth: int) -> float:
     elif first in "+*/)%":
         raise Refused
     else:
-        value = bounded(float(first.replace(",", "")))
+        value = float(first.replace(",", ""))
     while tokens and tokens[0] == "%":
         value, _ = value / 100, tokens.popleft()
-    return value
-
-
-def bounded(value: float) -> float:
-    if abs(value) > MAX_SIZE:
-        raise Refused
     return value
 
 

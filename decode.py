@@ -1,8 +1,7 @@
 """Batched decoding with a key-value cache, in which a calculator overrides the model's own arithmetic (section 3.2).
 
-What is here: greedy and sampled decoding of many questions at once. Rows that finish hand their place to the next
-question; whenever a row has written `[ expression =`, the calculator's digits and `]` are forced into that row.
-What is left out: beam search, answer parsing, the arithmetic itself (calculator.py).
+Rows that finish hand their place to the next question; whenever a row has written `[ expression =`, the calculator's
+digits and `]` are forced into that row. Left out: beam search, answer parsing, the arithmetic itself (calculator.py).
 
     python decode.py [--checkpoint DIR] ["question"]    # naive against cached against batched, and one rationale
 """
@@ -33,7 +32,6 @@ TOP_K = 50  # DIFFERS: visible here; the authors inherit it from their framework
 @dataclass
 class Sample:
     """One rationale: its ids without EOS, which of them the calculator forced, and whether the model ended it."""
-
     text: str = ""
     ids: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)

@@ -1,7 +1,6 @@
 """Direct preference optimisation (Rafailov et al., 2023; paper, section 2, eq. 5), written by hand.
 
-What is here: the log-probability of a rationale, the loss, reference log-probabilities computed once, and the training
-stage. What is left out: how pairs are made (selftrain.py), other preference losses, label smoothing.
+Left out: how pairs are made (selftrain.py), other preference losses, label smoothing.
 
     python dpo.py        # one pair worked by hand
 """
@@ -16,14 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import T5
-from sft import IGNORE, MAX_SOURCE, MAX_TARGET, Schedule, micro_batches, print_log, token_logps, train
+from sft import IGNORE, MAX_SOURCE, MAX_TARGET, Schedule, autocast, micro_batches, print_log, token_logps, train
 from tokenizer import Tokenizer, pad_batch
 
 
 @dataclass(frozen=True)
 class PreferencePair:
     """A question, a rationale that reaches its answer, and one that does not."""
-
     question: str
     chosen: str
     rejected: str
@@ -32,7 +30,6 @@ class PreferencePair:
 @dataclass(frozen=True)
 class PairExample:
     """A preference pair as ids, each ending in EOS, and the reference's log-probabilities of both sides."""
-
     input_ids: tuple[int, ...]
     chosen: list[int]
     rejected: list[int]
@@ -86,8 +83,8 @@ def pair_loss(model: T5, pairs: Sequence[PairExample], beta: float) -> dict[str,
     reference = torch.tensor([(p.reference_chosen_logp, p.reference_rejected_logp) for p in pairs], device=model.device)
     losses, chosen, rejected = dpo_loss(*sequence_logps(model, pairs), *reference.unbind(-1), beta)
     margin, right = chosen - rejected, (chosen > rejected).float()
-    terms = {"loss": losses, "chosen_rewards": chosen, "rejected_rewards": rejected, "reward_margin": margin, "reward_accuracy": right}
-    return {name: value.sum() for name, value in terms.items()}
+    rewards = {"chosen_rewards": chosen, "rejected_rewards": rejected, "reward_margin": margin, "reward_accuracy": right}
+    return {name: value.sum() for name, value in {"loss": losses, **rewards}.items()}
 
 
 @torch.no_grad()
@@ -96,7 +93,7 @@ def add_reference_logps(reference: T5, pairs: Sequence[PairExample], max_tokens:
     reference.eval()
     scored = {}
     for piece in tqdm(micro_batches(pairs, max_tokens), desc="reference", unit="batch", disable=None):
-        with torch.autocast(reference.device.type, torch.bfloat16, enabled=reference.device.type == "cuda"):
+        with autocast(reference):
             chosen, rejected = sequence_logps(reference, piece)
         for pair, c, r in zip(piece, chosen.tolist(), rejected.tolist()):
             scored[id(pair)] = replace(pair, reference_chosen_logp=c, reference_rejected_logp=r)
@@ -108,7 +105,7 @@ def score(model: T5, pairs: Sequence[PairExample], beta: float, max_tokens: int)
     """Mean loss, rewards, margin and accuracy over pairs, without training on them; {} without pairs."""
     sums: dict[str, float] = {}
     for piece in micro_batches(pairs, max_tokens):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        with autocast(model):
             terms = pair_loss(model, piece, beta)
         sums = {key: sums.get(key, 0.0) + value.item() for key, value in terms.items()}
     return {key: value / len(pairs) for key, value in sums.items()}
@@ -135,14 +132,10 @@ def train_dpo(
     return train(policy, pairs, n_steps, loss_of, lambda pair: 1, schedule, name, False, watch, log)
 
 
-def main() -> None:
+if __name__ == "__main__":
     logps = torch.tensor([-11.0]), torch.tensor([-14.0]), torch.tensor([-12.0]), torch.tensor([-13.0])
     loss, chosen, rejected = dpo_loss(*logps, beta=0.1)
     print("log pi(chosen) -11, reference -12; log pi(rejected) -14, reference -13; beta 0.1")
     print(f"chosen reward   0.1 * (-11 + 12) = {chosen.item():+.2f}")
     print(f"rejected reward 0.1 * (-14 + 13) = {rejected.item():+.2f}")
     print(f"loss -log sigmoid({(chosen - rejected).item():.2f}) = {loss.item():.4f}, before training log 2 = {math.log(2):.4f}")
-
-
-if __name__ == "__main__":
-    main()

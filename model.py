@@ -1,8 +1,7 @@
 """Flan-T5 in plain PyTorch: the encoder-decoder that DPO-ST trains (paper, section 4.2).
 
-What is here: the T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), a key-value cache for decoding one token
-at a time, and reading and writing of checkpoints in the public layout.
-What is left out: losses, sampling, text, half precision (fp16 overflows in T5), model parallelism.
+The T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), a key-value cache for decoding one token at a time, and
+checkpoints in the public layout. Left out: losses, sampling, text, fp16 (T5 overflows in it), model parallelism.
 Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K d_kv, V vocabulary, W cached positions.
 
     python model.py base        # a shape trace and the parameter count of a size
@@ -27,7 +26,6 @@ START_ID = 0  # the decoder's first input: T5 starts from the padding id
 @dataclass(frozen=True)
 class T5Config:
     """The numbers that define a T5 v1.1 model. Lengths are in tokens, widths in features."""
-
     d_model: int  # width of the residual stream
     d_ff: int  # inner width of the feed-forward layers
     n_heads: int
@@ -316,8 +314,6 @@ class KVCache:
         self.tape, self.cross = self.tape[:, :, slots], self.cross[:, :, slots]
 
 
-# Checkpoints in the public layout
-
 EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 UNUSED_NAME = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in some old T5 files
 PUBLIC_NAMES = {  # T5Config's name -> the name in config.json
@@ -357,7 +353,7 @@ def read_json(path: Path) -> dict:
 
 def read_config(folder: Path) -> T5Config:
     """Read config.json (public field names). Raises ValueError if it describes anything but a Flan-T5."""
-    path = Path(folder) / "config.json"
+    path = folder / "config.json"
     fields = read_json(path)
     n_layers = fields.get("num_layers")
     for name, wanted, default in (  # the defaults are those of T5 1.0
@@ -369,31 +365,11 @@ def read_config(folder: Path) -> T5Config:
             raise ValueError(f"{path} has {name} = {found!r}, not {wanted!r}: only Flan-T5 (T5 v1.1) is supported")
     values = {ours: fields.get(theirs, getattr(T5Config, ours, None)) for ours, theirs in PUBLIC_NAMES.items()}
     for ours, value in values.items():
-        kinds, most = ((int, float), 1) if ours in ("dropout", "epsilon") else ((int,), 2**20)
-        if type(value) not in kinds or not 0 <= value < most or (value < 1 < most) or (ours == "n_layers" and value > 99):
+        fraction, most = ours in ("dropout", "epsilon"), 99 if ours == "n_layers" else 2**20
+        good = type(value) in (int, float) and 0 <= value < 1 if fraction else type(value) is int and 0 < value < most
+        if not good:
             raise ValueError(f"{path} has {PUBLIC_NAMES[ours]} = {value!r}, which no Flan-T5 has")
     return T5Config(**values)
-
-
-def read_tensor_file(path: Path) -> dict[str, Tensor]:
-    """Read one weight file without running any code in it. Raises FileNotFoundError or ValueError, naming it."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: fetch the checkpoint again")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except ModuleNotFoundError:
-        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
-    except Exception as error:  # each kind of damage has its own exception type, from four libraries
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is truncated, damaged or not a checkpoint ({reason}): fetch it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path} does not hold a table of named tensors: it is not a checkpoint")
-    return tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -414,11 +390,28 @@ def weight_files(folder: Path) -> list[Path]:
     return found[0] if importlib.util.find_spec("safetensors") else found[-1]
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read one weight file without running any code in it. Raises FileNotFoundError or ValueError, naming it."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: fetch the checkpoint again")
+    try:
+        if path.suffix == ".safetensors":
+            tensors = importlib.import_module("safetensors.torch").load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        assert all(isinstance(tensor, Tensor) for tensor in tensors.values()), "it holds other things than tensors"
+    except ModuleNotFoundError:
+        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
+    except Exception as error:  # each kind of damage has its own exception type, from four libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise ValueError(f"{path} is truncated, damaged or not a checkpoint ({reason}): fetch it again") from None
+    return tensors
+
+
 def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
     """Build a T5 from a folder in the public layout: config.json and the weights, stored in fp32, bf16 or fp16.
 
     Every tensor must be used exactly once, with the shape that config.json implies. The model comes without dropout.
-
     Raises: FileNotFoundError for a missing file; ValueError for a damaged or foreign file, another architecture, a
         missing, unexpected or misshapen tensor, or dtype fp16. Each in one sentence that names the culprit.
     """
@@ -427,26 +420,27 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
     folder = Path(folder)
     with torch.device("meta"):  # no memory and no random start for weights that are replaced at once
         model = T5(read_config(folder))
-    wanted = {checkpoint_name(name): (name, parameter) for name, parameter in model.state_dict().items()}
-    state, embeddings = {}, {}
+    wanted = {checkpoint_name(name): (name, parameter.shape) for name, parameter in model.state_dict().items()}
+    state = {}
     for path in weight_files(folder):
-        for name, tensor in read_tensor_file(path).items():
+        for name, tensor in read_tensors(path).items():
             if name == UNUSED_NAME:
                 continue
-            if name in EMBEDDING_NAMES:  # one embedding under up to three names
-                embeddings[name], name = tensor, EMBEDDING_NAMES[0]
-                if not torch.equal(tensor, next(iter(embeddings.values()))):
-                    raise ValueError(f"{path} holds different embeddings under {' and '.join(embeddings)}")
-            elif name in state or name not in wanted:
+            public = EMBEDDING_NAMES[0] if name in EMBEDDING_NAMES else name  # one embedding under up to three names
+            ours, shape = wanted.get(public, (None, None))
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            if ours is None:
                 raise ValueError(f"{path} holds an unexpected tensor {name}: this is not a Flan-T5 checkpoint")
-            if tensor.shape != wanted[name][1].shape or not tensor.is_floating_point():
-                found, shape = f"{tensor.dtype} of shape {list(tensor.shape)}", list(wanted[name][1].shape)
-                raise ValueError(f"{path} holds {name} as {found}; config.json implies floating point of shape {shape}")
-            state[name] = tensor.to(dtype)
-    missing = [name for name in wanted if name not in state]
+            if ours in state and not torch.equal(state[ours], tensor):
+                raise ValueError(f"{path} holds {name} twice, or differing embeddings ({', '.join(EMBEDDING_NAMES)})")
+            if tensor.shape != shape or tensor.dtype != dtype:
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"{path} holds {name} as {found}; config.json implies {list(shape)}, floating point")
+            state[ours] = tensor
+    missing = [public for public, (ours, _) in wanted.items() if ours not in state]
     if missing:
         raise ValueError(f"{folder} lacks the tensor {missing[0]} (and {len(missing) - 1} more): fetch it again")
-    model.load_state_dict({wanted[name][0]: tensor for name, tensor in state.items()}, assign=True)
+    model.load_state_dict(state, assign=True)
     return model.to(device).eval()
 
 
@@ -471,19 +465,14 @@ def save_flan_t5(model: T5, folder: str | Path) -> None:
     os.replace(folder / "config.json.partial", folder / "config.json")
 
 
-def main() -> None:
+if __name__ == "__main__":
     size = sys.argv[1] if len(sys.argv) > 1 else "small"
     if size not in SIZES:
         sys.exit(f"model.py: no size {size!r}: choose from {', '.join(SIZES)}")
     with torch.device("meta"):  # shapes only: even xxl takes no memory
         model, ids = T5(SIZES[size]), torch.zeros(2, 7, dtype=torch.long)
-        states = model.encode(ids, torch.ones_like(ids))
-        logits = model(ids, torch.ones_like(ids), ids[:, :5])
+        states, logits = model.encode(ids, torch.ones_like(ids)), model(ids, torch.ones_like(ids), ids[:, :5])
     print(f"Flan-T5 {size}: {model.config}")
     print(f"ids {list(ids.shape)} -> encoder states {list(states.shape)}; 5 target ids -> logits {list(logits.shape)}")
     for name, part in (*model.named_children(), ("total", model)):
         print(f"{name:>8}: {sum(p.numel() for p in part.parameters()):>14,} parameters")
-
-
-if __name__ == "__main__":
-    main()

@@ -42,7 +42,6 @@ def number(paper: float, tiny: float, group: str, text: str):
 @dataclass
 class Config:
     """Every number of a run. Sources in brackets: paper, authors' code, or our choice."""
-
     size: str = "tiny"
     method: str = "dpo-st"
     seed: int = 42  # authors' code

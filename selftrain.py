@@ -1,7 +1,6 @@
 """Self-training, plain and with DPO: Algorithms 1 and 2 of the paper, and the rules on text they rest on (section 3).
 
-What is here: finding and judging answers, deduplication, preference pairs, pseudo-labels, and the loop.
-What is left out: tensors (model, decode, sft, dpo) and files (run.py keeps what each stage makes).
+Left out: tensors (model, decode, sft, dpo) and files (run.py keeps what each stage makes).
 
     python selftrain.py        # one question's samples -> preference pairs -> pseudo-labels
 """
@@ -24,9 +23,6 @@ from tokenizer import Tokenizer
 
 MAX_SIMILARITY, N_PAIRS, PERCENTILE = 0.7, 3, 90  # authors' code
 ANSWER = re.compile(r"#+ (-?[0-9.,]+)")
-
-
-# Answers (section 2)
 
 
 def extract_answer(rationale: str) -> float | None:
@@ -55,9 +51,6 @@ def split_samples(rationales: Sequence[str], answer: float) -> tuple[list[str], 
 def accuracy(rationales: Sequence[str], problems: Sequence[Problem]) -> float:
     """Share of problems solved, in percent; one rationale per problem."""
     return 100 * sum(is_correct(r, p.answer) for r, p in zip(rationales, problems, strict=True)) / len(problems)
-
-
-# Preference pairs and pseudo-labels (sections 3.1 and 4.2)
 
 
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
@@ -118,9 +111,6 @@ def make_pseudo_labels(
     return [replace(p, rationale=rationale) for p, rationales in zip(problems, kept) for rationale in rationales[:most]]
 
 
-# Algorithms 1 and 2 (section 3)
-
-
 def self_train(method: str, labeled: Sequence[Problem], unlabeled: Sequence[Problem], tests: dict, config, stages) -> Path:
     """Run Algorithm 1 (method "st") or Algorithm 2 (method "dpo-st"); return the last model's folder.
 
@@ -164,18 +154,16 @@ class Stages:
     def __init__(self, base: Path, tokenizer: Tokenizer, config, keep_rows: Callable, keep_model: Callable, log: Callable):
         self.base, self.tokenizer, self.config = base, tokenizer, config
         self.keep_rows, self.keep_model, self.log = keep_rows, keep_model, log
-
-    def schedule(self, learning_rate: float, batch_size: int) -> Schedule:
-        same = {item.name: getattr(self.config, item.name) for item in fields(Schedule)[2:]}
-        return Schedule(learning_rate, batch_size, **same)
+        same = {item.name: getattr(config, item.name) for item in fields(Schedule)[2:]}
+        self.sft_schedule = Schedule(config.sft_learning_rate, config.sft_batch_size, **same)
+        self.dpo_schedule = Schedule(config.dpo_learning_rate, config.dpo_batch_size, **same)
 
     def sft(self, name: str, problems: Sequence[Problem]) -> Path:
         """Supervised fine-tuning, always from the original weights."""
 
         def make() -> T5:
-            c, model = self.config, load_flan_t5(self.base, device=self.config.device)
-            schedule = self.schedule(c.sft_learning_rate, c.sft_batch_size)
-            return train_sft(model, make_examples(problems, self.tokenizer), c.sft_epochs, schedule, name, self.log)
+            model, examples = load_flan_t5(self.base, device=self.config.device), make_examples(problems, self.tokenizer)
+            return train_sft(model, examples, self.config.sft_epochs, self.sft_schedule, name, self.log)
 
         return self.keep_model(name, make)
 
@@ -191,8 +179,7 @@ class Stages:
 
         def make() -> T5:
             c, model = self.config, load_flan_t5(policy, device=self.config.device)
-            schedule = self.schedule(c.dpo_learning_rate, c.dpo_batch_size)
-            return train_dpo(model, examples, held_out, c.dpo_steps, c.beta, schedule, name, self.log)
+            return train_dpo(model, examples, held_out, c.dpo_steps, c.beta, self.dpo_schedule, name, self.log)
 
         return self.keep_model(name, make)
 
@@ -255,7 +242,7 @@ def column(row: dict) -> str:
     return row["test"] if row["calculator"] else f"{row['test']} without calculator"
 
 
-def main() -> None:
+if __name__ == "__main__":
     tokenizer = Tokenizer(Path(__file__).parent / "data" / "tiny")
     problem = Problem("Tom has 3 boxes of 4 pens and loses 2. How many pens are left?", 10.0)
     samples = [
@@ -263,16 +250,8 @@ def main() -> None:
         "Tom has 3 * 4 = [ 3 * 4 = 12] 12 pens. Now 12 - 2 = [ 12 - 2 = 10] 10 are left. #### 10",
         "Tom has 3 + 4 = [ 3 + 4 = 7] 7 pens. He has 7 - 2 = [ 7 - 2 = 5] 5 left. #### 5",
     ]
-    print(f"{problem.question}  (answer {problem.answer:g})")
-    for rationale in samples:
-        print(f"  {'correct  ' if is_correct(rationale, problem.answer) else 'incorrect'} {rationale}")
-    print("Preference pairs, least similar first:")
-    for pair in make_pairs([problem], [samples], tokenizer):
-        print(f"  chosen {pair.chosen}\n    rejected {pair.rejected}")
-    print("Pseudo-labels, near duplicates gone:")
-    for label in make_pseudo_labels([problem], [samples], tokenizer):
-        print(f"  {label.rationale}")
-
-
-if __name__ == "__main__":
-    main()
+    verdicts = [f"{'correct' if is_correct(text, problem.answer) else 'incorrect'}: {text}" for text in samples]
+    pairs = [f"chosen: {p.chosen}\n  rejected: {p.rejected}" for p in make_pairs([problem], [samples], tokenizer)]
+    labels = [label.rationale for label in make_pseudo_labels([problem], [samples], tokenizer)]
+    for title, lines in ((problem.question, verdicts), ("Preference pairs:", pairs), ("Pseudo-labels:", labels)):
+        print(title, *lines, sep="\n  ")

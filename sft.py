@@ -1,7 +1,6 @@
 """Supervised fine-tuning (paper, eq. 2): raise the likelihood of good rationales, and the training loop of this project.
 
-What is here: examples and batches, the loss, the learning-rate schedule, and `train`, which dpo.py uses as well.
-What is left out: generation, preferences, early stopping, mixed precision in fp16 (T5 overflows in it).
+Left out: generation, preferences, early stopping, mixed precision in fp16 (T5 overflows in it).
 
     python sft.py        # one batch worked by hand
 """
@@ -27,7 +26,6 @@ MAX_SOURCE, MAX_TARGET = 200, 300  # authors' code: questions and rationales are
 @dataclass(frozen=True)
 class Example:
     """One training text as ids: the question and the rationale, both ending in EOS."""
-
     input_ids: list[int]
     labels: list[int]
 
@@ -38,7 +36,6 @@ class Example:
 @dataclass(frozen=True)
 class Schedule:
     """How to train. Source: paper, table 5, unless said otherwise."""
-
     learning_rate: float  # peak, per optimiser step
     batch_size: int = 96  # examples (SFT) or pairs (DPO) per optimiser step
     warmup_ratio: float = 0.1  # part of the steps spent going up
@@ -113,6 +110,11 @@ def micro_batches(batch: Sequence, max_tokens: int) -> list[list]:
     return pieces
 
 
+def autocast(model: T5) -> torch.autocast:
+    """bf16 matrix products on a GPU, over fp32 weights; plain fp32 on a CPU."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+
 def print_log(record: dict) -> None:
     """The default log: one line per record."""
     tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
@@ -132,7 +134,6 @@ def train(
     """
     if not items:
         raise ValueError(f"{name}: there is nothing to train on")
-    device = model.device
     model.train(dropout)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=schedule.weight_decay, fused=True)
     batches = epochs(len(items), schedule.batch_size, schedule.seed)
@@ -143,7 +144,7 @@ def train(
         torch.manual_seed(schedule.seed * 1_000_003 + step)
         sums: dict[str, Tensor] = {}
         for piece in micro_batches(batch, schedule.micro_batch_tokens):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with autocast(model):
                 terms = loss_of(model, piece)
             (terms["loss"] / weight).backward()
             sums = {key: sums.get(key, 0) + value.detach() for key, value in terms.items()}
@@ -172,19 +173,14 @@ def train_sft(
     return train(model, examples, n_steps, sft_loss, lambda example: len(example.labels), schedule, name, log=log)
 
 
-def main() -> None:
+if __name__ == "__main__":
     folder = Path(__file__).parent / "data" / "tiny"
     model, tokenizer = load_flan_t5(folder), Tokenizer(folder)
     example = Example(tokenizer.encode("How many are 2 + 3?"), tokenizer.encode("[ 2 + 3 = 5] #### 5"))
     input_ids, attention_mask, labels = collate([example])
     with torch.no_grad():
         logps = token_logps(model, model.encode(input_ids, attention_mask), attention_mask, labels)[0]
-    print("The decoder reads the target shifted right by one, and predicts:")
     for before, target, logp in zip(shift_right(labels)[0].tolist(), example.labels, logps.tolist()):
         print(f"  after {tokenizer.piece(before)!r:>8} -> {tokenizer.piece(target) or '</s>'!r:<8} log p = {logp:8.4f}")
     print(f"loss (eq. 2) = -({logps.sum():.4f}) / {len(logps)} tokens = {-logps.mean():.4f}")
     train_sft(model, [example], 20, Schedule(learning_rate=1e-3, log_every=5))
-
-
-if __name__ == "__main__":
-    main()

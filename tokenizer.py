@@ -1,12 +1,11 @@
 """Text to ids and back: SentencePiece, the 100 sentinels of T5, and the spelling of rationales (paper, section 4.1).
 
-What is left out: other special tokens, truncation policies, normalisation (SentencePiece brings its own).
+Left out: other special tokens, and normalisation (SentencePiece brings its own).
 
-    python tokenizer.py [FOLDER]        # one GSM8K rationale before and after formatting, and its pieces
+    python tokenizer.py        # a rationale in GSM8K's spelling, in T5's, and in pieces
 """
 
 import re
-import sys
 from pathlib import Path
 
 import sentencepiece
@@ -38,10 +37,12 @@ class Tokenizer:
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Turn text into ids that end in EOS, at most max_length of them (the EOS stays when text is cut)."""
-        ids = []
-        for part in re.split(r"(<extra_id_\d\d?>)", text):
-            sentinel = re.fullmatch(r"<extra_id_(\d|[1-9]\d)>", part)
-            ids += [self.sentinel(int(sentinel[1]))] if sentinel else self.pieces.encode(part)
+        first, *rest = re.split(r"<extra_id_(\d|[1-9]\d)>", text)
+        ids = self.pieces.encode(first)
+        for n, part in zip(rest[::2], rest[1::2]):
+            space = self.pieces.piece_to_id("▁") if first[-1:].isspace() else None  # the public tokenizer keeps it
+            ids += [i for i in (space, self.sentinel(int(n)), *self.pieces.encode(part)) if i is not None]
+            first = part
         return ids[: max_length - 1 if max_length else None] + [EOS_ID]
 
     def decode(self, ids: list[int]) -> str:
@@ -99,17 +100,8 @@ def format_rationale(text: str) -> str:
     return " ".join(line if line.startswith("##") or line.endswith(".") else line + "." for line in lines)
 
 
-def main() -> None:
-    folder = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "data" / "tiny"
-    raw = "Tom sold 48/2 = <<48/2=24>>24 cards.\nHe has 90-24 = <<90-24=66>>66 left.\n#### 66"
-    text = format_rationale(raw)
-    tokenizer = Tokenizer(folder)
-    print(f"raw:       {raw!r}\nformatted: {text!r}")
-    print("pieces:    " + " ".join(repr(tokenizer.piece(i)) for i in tokenizer.encode(text)))
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"tokenizer.py: {error}")
+    raw = "Tom sold 48/2 = <<48/2=24>>24 cards.\nHe has 90-24 = <<90-24=66>>66 left.\n#### 66"
+    tokenizer = Tokenizer(Path(__file__).parent / "data" / "tiny")
+    print(f"raw:       {raw!r}\nformatted: {format_rationale(raw)!r}")
+    print("pieces:    " + " ".join(repr(tokenizer.piece(i)) for i in tokenizer.encode(format_rationale(raw))))

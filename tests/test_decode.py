@@ -259,7 +259,7 @@ def test_noise_is_reproducible_and_its_own(monkeypatch):
     assert abs(noise.mean() - 0.5) < 0.005 and np.array_equal(noise, uniform_noise(0, "How many?", 0, 100_000))
     assert np.array_equal(noise[:10], uniform_noise(0, "How many?", 0, 10))
     others = [uniform_noise(*key, 4) for key in ((1, "How many?", 0), (0, "How many", 0), (0, "How many?", 1), (0, "", 0),
-                                                 ("0 dpo", "How many?", 0), (10, "?", 1), (1, "?", 10), (1, "\n0", 0))]  # fmt: skip
+                                                 ("0 dpo", "How many?", 0), (11, "?", 1), (1, "?", 11), (1, "1?", 1))]  # fmt: skip
     assert len({tuple(row) for row in [noise[:4], *others]}) == len(others) + 1
     assert uniform_noise(0, "\ud800", 0, 1).shape == (1,)  # a lone surrogate, as broken JSON can hold
 
@@ -298,12 +298,14 @@ def test_top_k_beyond_the_vocabulary_keeps_all_of_it():
 
 def test_the_ends_of_the_noise_choose_possible_ids():
     """Cumulative sums round: the largest noise below 1 must not fall off the end, nor onto an id of probability 0."""
-    impossible = torch.full((1, 3000), -torch.inf)
-    logits = torch.cat((impossible, torch.randn(1, 3000, generator=torch.Generator().manual_seed(3)), impossible), 1)
+    impossible = torch.full((200, 300), -torch.inf)
+    logits = torch.cat((impossible, torch.randn(200, 300, generator=torch.Generator().manual_seed(3)), impossible), 1)
     for noise in (0.0, 2.0**-24, 1 - 2.0**-24):
-        for top_k in (0, 50, 6000):
-            chosen = sample_next_token(logits, 0.7, top_k, torch.tensor([noise])).item()
-            assert 3000 <= chosen < 6000
+        for top_k in (0, 50, 600):
+            chosen = sample_next_token(logits, 0.7, top_k, torch.full((200,), noise))
+            assert ((300 <= chosen) & (chosen < 600)).all()
+    halves = torch.zeros(3, 2)
+    assert sample_next_token(halves, 1.0, 0, torch.tensor([0.0, 0.5 - 2.0**-24, 0.5])).tolist() == [0, 0, 1]
 
 
 def test_rows_choose_independently():
