@@ -36,7 +36,7 @@ def calculate(expression: str) -> str | None:
         value = read_sum(tokens, MAX_DEPTH)
     except (Refused, ZeroDivisionError):
         return None
-    return format_number(value) if not tokens and abs(value) <= MAX_SIZE else None  # nan compares as False
+    return None if tokens else format_number(value)
 
 
 def format_number(value: float) -> str:
@@ -57,7 +57,7 @@ def read_sum(tokens: deque[str], depth: int) -> float:
     value = read_product(tokens, depth)
     while tokens and tokens[0] in "+-":
         sign, right = tokens.popleft(), read_product(tokens, depth)
-        value = value + right if sign == "+" else value - right
+        value = bounded(value + right if sign == "+" else value - right)
     return value
 
 
@@ -65,7 +65,7 @@ def read_product(tokens: deque[str], depth: int) -> float:
     value = read_factor(tokens, depth)
     while tokens and tokens[0] in "*/":
         sign, right = tokens.popleft(), read_factor(tokens, depth)
-        value = value * right if sign == "*" else value / right
+        value = bounded(value * right if sign == "*" else value / right)
     return value
 
 
@@ -82,9 +82,15 @@ def read_factor(tokens: deque[str], depth: int) -> float:
     elif first in "+*/)%":
         raise Refused
     else:
-        value = float(first.replace(",", ""))
+        value = bounded(float(first.replace(",", "")))
     while tokens and tokens[0] == "%":
         value, _ = value / 100, tokens.popleft()
+    return value
+
+
+def bounded(value: float) -> float:
+    if abs(value) > MAX_SIZE:
+        raise Refused
     return value
 
 

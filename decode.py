@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,8 @@ from tqdm import tqdm
 
 from calculator import calculate
 from model import START_ID, T5, KVCache, load_flan_t5, shift_right
-from tokenizer import EOS_ID, Tokenizer, pad_batch
+from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 
-MAX_QUESTION_TOKENS = 200  # authors' code: longer questions are cut
 MAX_NEW_TOKENS = 300  # section 4.2
 TOP_K = 50  # DIFFERS: visible here; the authors inherit it from their framework without saying so
 
@@ -39,19 +39,14 @@ class Sample:
 
 
 def uniform_noise(seed: int | str, question: str, sample: int, n: int) -> np.ndarray:
-    """Draw the n numbers in [0, 1) that decide one rationale, float32.
-
-    They depend on these arguments alone: not on the batch, the order of work or the number of processes.
-    """
+    """The n numbers in [0, 1) that decide one rationale, float32: a function of these arguments and nothing else."""
     digest = hashlib.sha256(f"{seed}\n{sample}\n{question}".encode("utf-8", "surrogatepass")).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest))).random(n, dtype=np.float32)
 
 
 def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Tensor) -> Tensor:
     """Choose one id per row: logits (B, V), noise (B,) in [0, 1) -> ids (B,) int64.
-
-    temperature is dimensionless, 0 is greedy. top_k 0 keeps the whole vocabulary.
-    """
+    temperature is dimensionless, 0 is greedy. top_k 0 keeps the whole vocabulary."""
     if temperature == 0:
         return logits.argmax(-1)
     scores, ids = logits.float().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
@@ -112,14 +107,14 @@ def generate(
     sample number alone. batch_size: rationales written at a time. progress: title of a bar on stderr, None for none.
     Memory: see KVCache. Source: paper, section 3.2 and figure 4; the scheduling is ours.
     """
-    source_ids = [tokenizer.encode(question, MAX_QUESTION_TOKENS) for question in questions]
+    source_ids = [tokenizer.encode(question, MAX_QUESTION) for question in questions]
     results = [[Sample() for _ in range(n_samples)] for _ in questions]
     # Long questions first: they tend to have long rationales, and no long row should be left over at the end.
     order = sorted(range(len(questions)), key=lambda i: -len(source_ids[i]))
     waiting = deque((i, k) for i in order for k in range(n_samples))
-    n_slots, per_group = min(batch_size, len(waiting)), -(-batch_size // n_samples)
-    if not n_slots:
+    if not waiting or max_new_tokens < 1:
         return results
+    n_slots, per_group = min(batch_size, len(waiting)), -(-batch_size // n_samples)
     was_training = model.training
     model.eval()
     cache = KVCache(model, n_slots, max_new_tokens, len(source_ids[order[0]]))
@@ -177,8 +172,7 @@ def generate(
 def encode_questions(model: T5, source_ids: list[list[int]], chosen: list[int]) -> dict[int, Tensor]:
     """Run the encoder over some questions; return each one's cross-attention keys and values (layers, 2, H, S, K)."""
     input_ids, mask = (t.to(model.device) for t in pad_batch([source_ids[i] for i in chosen]))
-    states = model.encode(input_ids, mask)
-    return dict(zip(chosen, model.cross_keys_values(states).unbind(2)))
+    return dict(zip(chosen, model.cross_keys_values(model.encode(input_ids, mask)).unbind(2)))
 
 
 @torch.inference_mode()
@@ -187,10 +181,10 @@ def generate_naive(
     top_k: int = TOP_K, max_new_tokens: int = MAX_NEW_TOKENS, calculator: bool = True, seed: int | str = 0,
 ) -> list[list[Sample]]:  # fmt: skip
     """The slow twin of `generate`: one rationale at a time, the whole sequence again for every token, no cache."""
+    was_training, results = model.training, []
     model.eval()
-    results = []
     for question in questions:
-        input_ids = torch.tensor([tokenizer.encode(question, MAX_QUESTION_TOKENS)], device=model.device)
+        input_ids = torch.tensor([tokenizer.encode(question, MAX_QUESTION)], device=model.device)
         results.append([])
         for k in range(n_samples):
             row = RowState(tokenizer, calculator)
@@ -203,17 +197,16 @@ def generate_naive(
                     break
             row.sample.text = tokenizer.decode(row.sample.ids)
             results[-1].append(row.sample)
+    model.train(was_training)
     return results
 
 
 def mark_forced(tokenizer: Tokenizer, sample: Sample, left: str = "«", right: str = "»") -> str:
     """The rationale's text with the calculator's digits between marks."""
-    text, start = "", 0
-    for at in range(1, len(sample.ids) + 1):
-        if at == len(sample.ids) or sample.forced[at] != sample.forced[start]:
-            part = "".join(tokenizer.piece(i) for i in sample.ids[start:at])
-            text += f" {left}{part.lstrip()}{right}" if sample.forced[start] else part
-            start = at
+    text = ""
+    for forced, run in groupby(zip(sample.forced, sample.ids), key=lambda pair: pair[0]):
+        part = "".join(tokenizer.piece(i) for _, i in run)
+        text += f" {left}{part.lstrip()}{right}" if forced else part
     return text.strip()
 
 

@@ -8,6 +8,7 @@ Left out: how pairs are made (selftrain.py), other preference losses, label smoo
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import T5
-from sft import IGNORE, MAX_SOURCE, MAX_TARGET, Schedule, autocast, micro_batches, print_log, token_logps, train
-from tokenizer import Tokenizer, pad_batch
+from sft import IGNORE, Schedule, autocast, micro_batches, print_log, token_logps, train
+from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,10 @@ class PairExample:
 
 
 def make_pair_examples(pairs: Sequence[PreferencePair], tokenizer: Tokenizer) -> list[PairExample]:
-    def ids(pair: PreferencePair) -> PairExample:
-        chosen, rejected = (tokenizer.encode(side, MAX_TARGET) for side in (pair.chosen, pair.rejected))
-        return PairExample(tuple(tokenizer.encode(pair.question, MAX_SOURCE)), chosen, rejected)
-
-    return [ids(pair) for pair in pairs]
+    """Encode preference pairs; their reference log-probabilities come later."""
+    encode, most = tokenizer.encode, MAX_RATIONALE
+    ids = ((tuple(encode(p.question, MAX_QUESTION)), encode(p.chosen, most), encode(p.rejected, most)) for p in pairs)
+    return [PairExample(*row) for row in ids]
 
 
 def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
@@ -126,16 +126,13 @@ def train_dpo(
     def watch() -> dict[str, float]:
         return {f"held_out_{key}": value for key, value in score(policy, held_out, beta, budget).items()}
 
-    def loss_of(model: T5, piece: list[PairExample]) -> dict[str, Tensor]:
-        return pair_loss(model, piece, beta)
-
-    return train(policy, pairs, n_steps, loss_of, lambda pair: 1, schedule, name, False, watch, log)
+    loss_of = partial(pair_loss, beta=beta)
+    return train(policy, pairs, n_steps, loss_of, lambda pair: 1, schedule, name, dropout=False, watch=watch, log=log)
 
 
 if __name__ == "__main__":
-    logps = torch.tensor([-11.0]), torch.tensor([-14.0]), torch.tensor([-12.0]), torch.tensor([-13.0])
+    logps = (torch.tensor([logp]) for logp in (-11.0, -14.0, -12.0, -13.0))
     loss, chosen, rejected = dpo_loss(*logps, beta=0.1)
-    print("log pi(chosen) -11, reference -12; log pi(rejected) -14, reference -13; beta 0.1")
-    print(f"chosen reward   0.1 * (-11 + 12) = {chosen.item():+.2f}")
-    print(f"rejected reward 0.1 * (-14 + 13) = {rejected.item():+.2f}")
-    print(f"loss -log sigmoid({(chosen - rejected).item():.2f}) = {loss.item():.4f}, before training log 2 = {math.log(2):.4f}")
+    print("beta 0.1; log pi(chosen) -11, reference -12; log pi(rejected) -14, reference -13")
+    print(f"rewards: chosen 0.1 * (-11 + 12) = {chosen.item():+.2f}, rejected 0.1 * (-14 + 13) = {rejected.item():+.2f}")
+    print(f"loss: -log sigmoid({(chosen - rejected).item():.2f}) = {loss.item():.4f}; before training log 2 = 0.6931")

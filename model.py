@@ -181,10 +181,8 @@ def mask_to_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def shift_right(labels: Tensor) -> Tensor:
-    """Make decoder inputs from labels (B, T) int64: start with START_ID, drop the last, ignored positions -> 0.
-
-    Position t of the decoder therefore sees label t-1 and predicts label t: nothing downstream shifts again.
-    """
+    """Decoder inputs from labels (B, T) int64: START_ID first, the last dropped, ignored positions -> 0. Position t
+    thus sees label t-1 and predicts label t: nothing downstream shifts again."""
     return F.pad(labels, (1, -1), value=START_ID).clamp(min=0)
 
 
@@ -240,8 +238,7 @@ class T5(nn.Module):
 
     def cross_keys_values(self, states: Tensor) -> Tensor:
         """Every decoder layer's keys and values of encoder states (B, S, D) -> (layers, 2, B, H, S, K)."""
-        pairs = [torch.stack(block.cross_attention.keys_values(states)) for block in self.decoder.blocks]
-        return torch.stack(pairs)
+        return torch.stack([torch.stack(block.cross_attention.keys_values(states)) for block in self.decoder.blocks])
 
     def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """Advance every slot of the cache by one token: ids (B,) int64 -> logits (B, V) for the token after it."""
@@ -366,8 +363,7 @@ def read_config(folder: Path) -> T5Config:
     values = {ours: fields.get(theirs, getattr(T5Config, ours, None)) for ours, theirs in PUBLIC_NAMES.items()}
     for ours, value in values.items():
         fraction, most = ours in ("dropout", "epsilon"), 99 if ours == "n_layers" else 2**20
-        good = type(value) in (int, float) and 0 <= value < 1 if fraction else type(value) is int and 0 < value < most
-        if not good:
+        if not (type(value) in (int, float) and 0 <= value < 1 if fraction else type(value) is int and 0 < value < most):
             raise ValueError(f"{path} has {PUBLIC_NAMES[ours]} = {value!r}, which no Flan-T5 has")
     return T5Config(**values)
 
@@ -445,10 +441,7 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
 
 
 def save_flan_t5(model: T5, folder: str | Path) -> None:
-    """Write config.json and pytorch_model.bin in the public layout, in the model's own dtype.
-
-    Each file is written beside its place and renamed into it, config.json last: a folder with one is complete.
-    """
+    """Write config.json and pytorch_model.bin in the public layout, in the model's own dtype, each file in one move."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields = {

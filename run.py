@@ -22,11 +22,10 @@ from data.problems import Problem, load_problems, read_jsonl, write_jsonl, write
 from data.sources import DownloadError, fetch_datasets, fetch_flan_t5
 from data.synthetic import TEST_SEED, make_problems
 from model import SIZES, T5, read_json, save_flan_t5
-from selftrain import Stages, column, self_train
+from selftrain import Stages, self_train
 from sft import print_log
 from tokenizer import Tokenizer, format_rationale
 
-HERE = Path(__file__).parent
 TESTS = {"GSM8K": "gsm8k", "MultiArith": "multiarith", "ASDiv": "asdiv", "SVAMP": "svamp"}
 PAPER = {  # table 2: greedy accuracy (%), calculator on
     "base": {"SFT": (18.1, 54.2, 26.2, 19.5), "ST": (25.9, 73.8, 28.2, 24.2), "DPO-ST": (27.2, 74.3, 29.2, 22.6)},
@@ -44,12 +43,12 @@ class Config:
     """Every number of a run. Sources in brackets: paper, authors' code, or our choice."""
     size: str = "tiny"
     method: str = "dpo-st"
-    seed: int = 42  # authors' code
     weights: str = ""
     data: str = ""
-    limit: int = 0
     device: str = "cpu"
     calculator: bool = True
+    seed: int = number(42, 42, "run", "of data order, dropout and sampling [authors' code]")
+    limit: int = number(0, 0, "run", "use only the first N problems of every set; 0 for all")
     rounds: int = number(3, 2, "method", "rounds of self-training [figure 5]")
     dpo_samples: int = number(5, 5, "method", "rationales per question in the DPO step [section 4.2]")
     sft_samples: int = number(3, 3, "method", "rationales per question in the SFT step [section 4.2]")
@@ -89,39 +88,34 @@ def flag(name: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     """Read the command line -> the run's numbers and its folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="the model, and with it the defaults below")
     parser.add_argument("--method", choices=("dpo-st", "st", "both"), help="default: both for tiny, else dpo-st")
-    parser.add_argument("--seed", type=int, default=42, help="of data order, dropout and sampling [authors' code: 42]")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/SIZE-seed-SEED")
     parser.add_argument("--weights", default="", metavar="DIR", help="a Flan-T5 checkpoint instead of the public one")
     parser.add_argument("--data", default="", metavar="DIR", help="datasets: gsm8k/train.jsonl, gsm8k/test.jsonl, ...")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="use only the first N problems of every set")
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--no-calculator", dest="calculator", action="store_false", help="sample without the calculator")
-    groups = {}
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(n.metadata["group"] for n in NUMBERS)}
     for item in NUMBERS:
-        group, tiny, text = (item.metadata[key] for key in ("group", "tiny", "help"))
-        default = f"{item.default:g}" if tiny == item.default else f"{item.default:g}; tiny: {tiny:g}"
-        groups.setdefault(group, parser.add_argument_group(group)).add_argument(
-            flag(item.name), type=item.type, metavar="N" if item.type is int else "X", help=f"{text} (default {default})"
-        )
+        tiny, letter = item.metadata["tiny"], "N" if item.type is int else "X"
+        default = f"(default {item.default:g})" if tiny == item.default else f"(default {item.default:g}; tiny: {tiny:g})"
+        text = f"{item.metadata['help']} {default}"
+        groups[item.metadata["group"]].add_argument(flag(item.name), type=item.type, metavar=letter, help=text)
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
     if args["device"] == "cuda" and not cuda:
         parser.error("--device cuda: torch sees no GPU here; leave the flag out to run on the CPU")
     for item in NUMBERS:
-        least = 1 if item.type is int and item.name not in ("rounds", "top_k") else 0
+        least = 1 if item.type is int and item.name not in ("seed", "limit", "rounds", "top_k") else 0
         if args[item.name] is None:
             args[item.name] = item.metadata["tiny"] if args["size"] == "tiny" else item.default
         elif not least <= args[item.name] < float("inf"):
             parser.error(f"{flag(item.name)} must be a number not below {least}")
     args["method"] = args["method"] or ("both" if args["size"] == "tiny" else "dpo-st")
-    config = Config(**args)
-    return config, out or Path("runs") / f"{config.size}-seed-{config.seed}"
+    return Config(**args), out or Path("runs") / f"{args['size']}-seed-{args['seed']}"
 
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
@@ -189,7 +183,7 @@ class RunFolder:
         for stage, label in {"warm-up": ["SFT", 0], **stages}.items():
             path = self.path / stage / "evaluation.jsonl"
             if path.exists():
-                results[stage] = {column(row): round(row["accuracy"], 2) for row in read_jsonl(path)}
+                results[stage] = {row["test"]: round(row["accuracy"], 2) for row in read_jsonl(path)}
                 lines.append(label + [f"{accuracy:.1f}" for accuracy in results[stage].values()])
         tests = list(results["warm-up"])
         for method, numbers in PAPER.get(self.config.size, {}).items():
@@ -207,10 +201,8 @@ def main() -> None:
     config, out = parse_args()
     torch.set_flush_denormal(True)  # barely trained models produce denormal numbers, which are many times slower
     torch.backends.cuda.matmul.allow_tf32 = True  # authors' code
-    if config.weights or config.size == "tiny":
-        base = Path(config.weights or HERE / "data" / "tiny")
-    else:
-        base = fetch_flan_t5(config.size)
+    bundled = Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else None
+    base = Path(config.weights) if config.weights else bundled or fetch_flan_t5(config.size)
     labeled, unlabeled, tests = load_data(config)
     tokenizer, folder = Tokenizer(base), RunFolder(out, config, base)
     print(f"Flan-T5 {config.size} on {config.device}: {len(labeled)} labeled and {len(unlabeled)} unlabeled problems -> {out}")
@@ -218,7 +210,7 @@ def main() -> None:
     stages = Stages(base, tokenizer, config, folder.keep_rows, folder.keep_model, folder.log)
     for method in ("st", "dpo-st") if config.method == "both" else (config.method,):
         model = self_train(method, labeled, unlabeled, tests, config, stages)
-    print(f"\n{folder.report()}\n{time.perf_counter() - began:,.0f} seconds. Try: python decode.py --checkpoint {model} 'QUESTION'")
+    print(f"\n{folder.report()}\n{time.perf_counter() - began:,.0f} s. Now: python decode.py --checkpoint {model} 'QUESTION'")
 
 
 if __name__ == "__main__":

@@ -68,9 +68,8 @@ def deduplicate(rationales: Sequence[str], tokenizer: Tokenizer, max_similarity:
     return [rationale for rationale, _ in kept]
 
 
-def gold_first(problem: Problem, rationales: Sequence[str]) -> list[str]:
-    """The human rationale, if there is one, before the model's own."""
-    return list(rationales) if problem.rationale is None else [problem.rationale, *rationales]
+def gold_first(problem: Problem, rationales: list[str]) -> list[str]:
+    return [problem.rationale, *rationales] if problem.rationale else rationales
 
 
 def make_pairs(
@@ -119,10 +118,8 @@ def self_train(method: str, labeled: Sequence[Problem], unlabeled: Sequence[Prob
     """
     gold, known = {problem.question: problem.rationale for problem in labeled}, set(labeled)
     unlabeled = [replace(problem, rationale=gold.get(problem.question)) for problem in unlabeled]
-
     drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # all rounds' samples, question by question
     drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]
-
     model = stages.sft("warm-up/sft", labeled)  # f' = SFT(f, L)
     stages.evaluate("warm-up/evaluation", model, tests)
     for number in range(1, config.rounds + 1):
@@ -212,8 +209,6 @@ class Stages:
         return self.keep(name, Problem, lambda: make_pseudo_labels(problems, samples, self.tokenizer, *rules))
 
     def keep(self, name: str, kind: type, make: Callable[[], list]) -> list:
-        """Keep a list of dataclass objects that have a question."""
-
         def make_rows() -> list[dict]:
             made = make()
             self.log({"stage": name, "kept": len(made), "questions": len({item.question for item in made})})
@@ -229,17 +224,12 @@ class Stages:
             for test, calculator in [(test, True) for test in tests] + [(next(iter(tests)), False)]:
                 samples = self.generate(model, tests[test], f"{name} {test}", calculator=calculator)
                 rationales = [row[0].text for row in samples]
-                row = {"test": test, "calculator": calculator, "accuracy": accuracy(rationales, tests[test])}
-                rows.append({**row, "rationales": rationales})
-            self.log({"stage": name, **{column(row): row["accuracy"] for row in rows}})
+                title = test if calculator else f"{test} without calculator"
+                rows.append({"test": title, "accuracy": accuracy(rationales, tests[test]), "rationales": rationales})
+            self.log({"stage": name, **{row["test"]: row["accuracy"] for row in rows}})
             return rows
 
         self.keep_rows(name, make)
-
-
-def column(row: dict) -> str:
-    """The heading of one evaluation's result in tables."""
-    return row["test"] if row["calculator"] else f"{row['test']} without calculator"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Left out: generation, preferences, early stopping, mixed precision in fp16 (T5 o
     python sft.py        # one batch worked by hand
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import T5, load_flan_t5, shift_right
-from tokenizer import Tokenizer, pad_batch
+from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
 
 IGNORE = -100  # label of a position that has no target
-MAX_SOURCE, MAX_TARGET = 200, 300  # authors' code: questions and rationales are cut here (tokens)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Schedule:
 def make_examples(problems: Sequence, tokenizer: Tokenizer) -> list[Example]:
     """Encode problems that have a `question` and a formatted `rationale`."""
     encode = tokenizer.encode
-    return [Example(encode(p.question, MAX_SOURCE), encode(p.rationale, MAX_TARGET)) for p in problems]
+    return [Example(encode(p.question, MAX_QUESTION), encode(p.rationale, MAX_RATIONALE)) for p in problems]
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -93,11 +93,9 @@ def learning_rate(step: int, n_steps: int, schedule: Schedule) -> float:
 
 def epochs(n: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     """Yield batches of indices below n for ever: each epoch in a new order, its last batch possibly smaller."""
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
         yield from (order[at : at + batch_size] for at in range(0, n, batch_size))
-        epoch += 1
 
 
 def micro_batches(batch: Sequence, max_tokens: int) -> list[list]:

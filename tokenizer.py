@@ -14,6 +14,7 @@ from torch import Tensor
 
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 N_SENTINELS = 100
+MAX_QUESTION, MAX_RATIONALE = 200, 300  # authors' code: longer texts are cut (tokens)
 
 
 class Tokenizer:

@@ -85,8 +85,9 @@ def same(net, tokenizer, questions, found, expected, temperature=0.0, top_k=50, 
         for k, (a, b) in enumerate(zip(left, right, strict=True)):
             if a == b:
                 continue
-            t = next(t for t, (x, y) in enumerate(itertools.zip_longest(a.ids, b.ids, fillvalue=EOS_ID)) if x != y or t + 1 == max(len(a.ids), len(b.ids)))
-            ids = torch.tensor([tokenizer.encode(question, decode.MAX_QUESTION_TOKENS)])
+            steps = list(itertools.zip_longest(a.ids, b.ids, fillvalue=EOS_ID))
+            t = next((t for t, (x, y) in enumerate(steps) if x != y), len(steps) - 1)
+            ids = torch.tensor([tokenizer.encode(question, decode.MAX_QUESTION)])
             logits = net(ids, torch.ones_like(ids), torch.tensor([[0, *b.ids[:t]]]))[0, -1]
             if temperature == 0:
                 top = logits.topk(2).values

@@ -531,8 +531,8 @@ def test_a_whole_round_of_both_methods_on_ten_sums(base, tmp_path):
     evaluations = {name: made for name, made in rows.items() if "evaluation" in name}
     assert len(evaluations) == 3
     for made in evaluations.values():
-        assert [(row["test"], row["calculator"]) for row in made].count(("seen", False)) == 1
-        assert {row["test"] for row in made if row["calculator"]} == {"seen", "new"}
+        assert [row["test"] for row in made][:2] == ["seen", "new"]
+        assert len(made) == 3 and made[2]["test"].startswith("seen")  # the first test again, without the calculator
     folders = [path.parent for path in tmp_path.glob("**/config.json")]
     assert len(folders) == 4  # the shared warm-up, ST's round, and DPO-ST's two
     warm_up, after_dpo = (weights(next(f for f in folders if key in str(f))) for key in ("warm-up", "dpo-st/round-1/dpo"))

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from data.problems import load_problems
 from model import T5, T5Config, load_flan_t5, save_flan_t5, shift_right
 from sft import (
-    IGNORE, MAX_SOURCE, MAX_TARGET, Example, Schedule, collate, epochs, learning_rate, make_examples, micro_batches,
+    IGNORE, MAX_QUESTION, MAX_RATIONALE, Example, Schedule, collate, epochs, learning_rate, make_examples, micro_batches,
     sft_loss, token_logps, train_sft,
 )  # fmt: skip
 from tokenizer import EOS_ID, Tokenizer, format_rationale
@@ -88,7 +87,7 @@ def test_texts_are_cut_at_200_and_300_tokens_and_keep_their_eos(tokenizer):
     cut, whole = make_examples(
         [SimpleNamespace(question=long, rationale=long), SimpleNamespace(question=short, rationale=short)], tokenizer
     )
-    assert (len(cut.input_ids), len(cut.labels)) == (MAX_SOURCE, MAX_TARGET) == (200, 300)
+    assert (len(cut.input_ids), len(cut.labels)) == (MAX_QUESTION, MAX_RATIONALE) == (200, 300)
     everything = tokenizer.encode(long)
     assert cut.input_ids == everything[:199] + [EOS_ID] and cut.labels == everything[:299] + [EOS_ID]
     assert whole.input_ids == whole.labels == tokenizer.encode(short) and whole.labels[-1] == EOS_ID
