@@ -99,7 +99,7 @@ def epochs(n: int, batch_size: int, seed: int) -> Iterator[list[int]]:
 
 
 def micro_batches(batch: Sequence, max_tokens: int) -> list[list]:
-    """Cut a batch into pieces of similar length whose padded size stays within max_tokens (one item always fits)."""
+    """Cut a batch into pieces of similar length: number of items times the longest stays within max_tokens."""
     pieces = []
     for item in sorted(batch, key=len, reverse=True):  # longest first: it sets the width of its piece
         if not pieces or (len(pieces[-1]) + 1) * len(pieces[-1][0]) > max_tokens:
