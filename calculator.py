@@ -50,10 +50,8 @@ def format_number(value: float) -> str:
     return "0" if text == "-0" else text
 
 
-# Each reader takes what it understands from the left of the tokens.
-
-
 def read_sum(tokens: deque[str], depth: int) -> float:
+    """Like the other readers, take what it understands from the left of the tokens, and return its value."""
     value = read_product(tokens, depth)
     while tokens and tokens[0] in "+-":
         sign, right = tokens.popleft(), read_product(tokens, depth)

@@ -5,7 +5,6 @@ Left out: how pairs are made (selftrain.py), other preference losses, label smoo
     python dpo.py        # one pair worked by hand
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,8 +33,8 @@ class PairExample:
     input_ids: tuple[int, ...]
     chosen: list[int]
     rejected: list[int]
-    reference_chosen_logp: float = math.nan
-    reference_rejected_logp: float = math.nan
+    reference_chosen_logp: float = float("nan")
+    reference_rejected_logp: float = float("nan")
 
     def __len__(self) -> int:
         return len(self.input_ids) + len(self.chosen) + len(self.rejected)

@@ -39,7 +39,7 @@ class T5Config:
 
 
 SIZES = {
-    "tiny": T5Config(d_model=128, d_ff=256, n_heads=4, n_layers=2, d_kv=32, vocab_size=512),
+    "tiny": T5Config(d_model=128, d_ff=256, n_heads=4, n_layers=2, d_kv=32, vocab_size=768),
     "small": T5Config(d_model=512, d_ff=1024, n_heads=6, n_layers=8),
     "base": T5Config(d_model=768, d_ff=2048, n_heads=12, n_layers=12),
     "large": T5Config(d_model=1024, d_ff=2816, n_heads=16, n_layers=24),

@@ -151,8 +151,7 @@ def train(
         if not math.isfinite(norm):
             raise FloatingPointError(f"{name}: the gradient of step {step + 1} is not finite; lower the learning rate")
         rate = learning_rate(step, n_steps, schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         # 3. One line per logged step.

@@ -30,8 +30,7 @@ class Tokenizer:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
             raise ValueError(f"{path} is not a SentencePiece model: fetch it again") from None
-        found = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
-        if found != (PAD_ID, EOS_ID, UNKNOWN_ID):
+        if (found := (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())) != (PAD_ID, EOS_ID, UNKNOWN_ID):
             raise ValueError(f"{path} has padding, end and unknown ids {found}; T5 needs {PAD_ID, EOS_ID, UNKNOWN_ID}")
         self.n_pieces = self.pieces.get_piece_size()
         self.vocab_size = self.n_pieces + N_SENTINELS
