@@ -116,7 +116,7 @@ def train_dpo(
 ) -> T5:  # fmt: skip
     """Train the policy in place for n_steps optimiser steps; it is its own reference at the start.
 
-    Dropout stays off, so that policy and reference agree exactly and the first loss is log 2.
+    Dropout stays off, so that policy and reference agree (in bf16 to rounding) and the first loss is log 2.
     DIFFERS: rewards are also measured on held_out pairs; the authors' code scores pairs it trains on.
     """
     budget = schedule.micro_batch_tokens
@@ -132,6 +132,6 @@ def train_dpo(
 if __name__ == "__main__":
     logps = (torch.tensor([logp]) for logp in (-11.0, -14.0, -12.0, -13.0))
     loss, chosen, rejected = dpo_loss(*logps, beta=0.1)
-    print("beta 0.1; log pi(chosen) -11, reference -12; log pi(rejected) -14, reference -13")
-    print(f"rewards: chosen 0.1 * (-11 + 12) = {chosen.item():+.2f}, rejected 0.1 * (-14 + 13) = {rejected.item():+.2f}")
+    print(f"log pi(chosen) -11, reference -12, beta 0.1: reward 0.1 * (-11 + 12) = {chosen.item():+.2f}")
+    print(f"log pi(rejected) -14, reference -13:         reward 0.1 * (-14 + 13) = {rejected.item():+.2f}")
     print(f"loss: -log sigmoid({(chosen - rejected).item():.2f}) = {loss.item():.4f}; before training log 2 = 0.6931")

@@ -63,9 +63,8 @@ class RMSNorm(nn.Module):
 def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets: int, max_distance: int) -> Tensor:
     """Sort signed distances (key position - query position, int64) into buckets 0..n_buckets-1, same shape.
 
-    The nearest half of the buckets hold one distance each; the others grow logarithmically up to max_distance.
-    The encoder looks both ways, so it spends half of its buckets on keys to the right; the decoder never sees those.
-    Source: Raffel et al. (2020), section 2.1.
+    The nearest half of the buckets hold one distance each, the others grow logarithmically up to max_distance. The
+    encoder looks both ways and spends half of its buckets on keys to the right. Source: Raffel et al. (2020), section 2.1.
     """
     offset, distance = (distance > 0) * (n_buckets // 2), -distance
     if bidirectional:
@@ -79,8 +78,7 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets: i
 
 
 class Attention(nn.Module):
-    """Multi-head attention without biases. Keys and values come from outside, so one class serves three uses:
-    encoder self-attention, decoder self-attention (whole or one cached step) and cross-attention."""
+    """Multi-head attention without biases. Keys and values come from outside, so one class serves all three uses."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -176,8 +174,8 @@ class Stack(nn.Module):
 
 
 def mask_to_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """True -> 0, False -> the lowest number (not -inf, which would turn a row without any True into NaN)."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    """True -> 0, False -> bf16's lowest number (not -inf, which would turn a row without any True into NaN)."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
 
 
 def shift_right(labels: Tensor) -> Tensor:
@@ -351,8 +349,7 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> T5Config:
     """Read config.json (public field names). Raises ValueError if it describes anything but a Flan-T5."""
     path = folder / "config.json"
-    fields = read_json(path)
-    n_layers = fields.get("num_layers")
+    fields, n_layers = read_json(path), read_json(path).get("num_layers")
     for name, wanted, default in (  # the defaults are those of T5 1.0
         ("model_type", "t5", None), ("feed_forward_proj", "gated-gelu", "relu"), ("tie_word_embeddings", False, True),
         ("num_decoder_layers", n_layers, n_layers), ("relative_attention_num_buckets", 32, 32),
@@ -395,7 +392,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = importlib.import_module("safetensors.torch").load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        assert all(isinstance(tensor, Tensor) for tensor in tensors.values()), "it holds other things than tensors"
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError("it holds other things than tensors")
     except ModuleNotFoundError:
         raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
     except Exception as error:  # each kind of damage has its own exception type, from four libraries
@@ -408,8 +406,8 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
     """Build a T5 from a folder in the public layout: config.json and the weights, stored in fp32, bf16 or fp16.
 
     Every tensor must be used exactly once, with the shape that config.json implies. The model comes without dropout.
-    Raises: FileNotFoundError for a missing file; ValueError for a damaged or foreign file, another architecture, a
-        missing, unexpected or misshapen tensor, or dtype fp16. Each in one sentence that names the culprit.
+    Raises FileNotFoundError, or ValueError for a damaged or foreign file, another architecture, a missing, unexpected or
+    misshapen tensor, or dtype fp16: each in one sentence that names the culprit.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{dtype} is not supported: T5 overflows in fp16, use torch.float32 or torch.bfloat16")

@@ -21,7 +21,7 @@ import torch
 from data.problems import Problem, load_problems, read_jsonl, write_jsonl, write_text
 from data.sources import DownloadError, fetch_datasets, fetch_flan_t5
 from data.synthetic import TEST_SEED, make_problems
-from model import SIZES, T5, read_json, save_flan_t5
+from model import SIZES, T5, read_config, read_json, save_flan_t5
 from selftrain import Stages, self_train
 from sft import print_log
 from tokenizer import Tokenizer, format_rationale
@@ -40,7 +40,7 @@ def number(paper: float, tiny: float, group: str, text: str):
 
 @dataclass
 class Config:
-    """Every number of a run. Sources in brackets: paper, authors' code, or our choice."""
+    """Every number of a run. Sources in brackets.  DIFFERS: those of --size tiny are our choice."""
     size: str = "tiny"
     method: str = "dpo-st"
     weights: str = ""
@@ -62,7 +62,7 @@ class Config:
     sft_epochs: int = number(8, 8, "SFT", "passes over the data [table 5]")
     sft_learning_rate: float = number(3e-4, 1e-3, "SFT", "peak learning rate [table 5]")
     sft_batch_size: int = number(96, 8, "SFT", "examples per optimiser step [table 5]")
-    dpo_steps: int = number(150, 50, "DPO", "optimiser steps [table 5]")
+    dpo_steps: int = number(150, 100, "DPO", "optimiser steps [table 5]")
     dpo_learning_rate: float = number(7e-7, 1e-4, "DPO", "peak learning rate [table 5]")
     dpo_batch_size: int = number(96, 16, "DPO", "pairs per optimiser step [table 5]")
     beta: float = number(0.1, 0.5, "DPO", "how strongly the policy is held to the reference [section 4.2]")
@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     parser.add_argument("--size", choices=SIZES, default="tiny", help="the model, and with it the defaults below")
     parser.add_argument("--method", choices=("dpo-st", "st", "both"), help="default: both for tiny, else dpo-st")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/SIZE-seed-SEED")
-    parser.add_argument("--weights", default="", metavar="DIR", help="a Flan-T5 checkpoint instead of the public one")
+    parser.add_argument("--weights", default="", metavar="DIR", help="another checkpoint; --size still chooses the numbers")
     parser.add_argument("--data", default="", metavar="DIR", help="datasets: gsm8k/train.jsonl, gsm8k/test.jsonl, ...")
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
@@ -112,8 +112,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
         least = 1 if item.type is int and item.name not in ("seed", "limit", "rounds", "top_k") else 0
         if args[item.name] is None:
             args[item.name] = item.metadata["tiny"] if args["size"] == "tiny" else item.default
-        elif not least <= args[item.name] < float("inf"):
-            parser.error(f"{flag(item.name)} must be a number not below {least}")
+        most = {"percentile": 100, "held_out": 0.5, "warmup_ratio": 1}.get(item.name, 2**31)
+        if not (least <= args[item.name] <= most or args[item.name] == item.default):
+            parser.error(f"{flag(item.name)} must be a number from {least} to {most}")
     args["method"] = args["method"] or ("both" if args["size"] == "tiny" else "dpo-st")
     return Config(**args), out or Path("runs") / f"{args['size']}-seed-{args['seed']}"
 
@@ -121,21 +122,19 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
 def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
     """The labeled set L (rationales formatted), the unlabeled set U, and the test sets by name."""
     if config.size == "tiny" and not config.data:
-        train = make_problems(config.n_labeled + config.n_unlabeled, seed=config.seed)
+        train = make_problems(config.n_labeled + config.n_unlabeled, seed=f"run {config.seed}")
         labeled, unlabeled = train[: config.n_labeled], train[config.n_labeled :]
         seen = {problem.question for problem in train}
         tests = {"held-out": make_problems(config.n_test, seed=TEST_SEED, exclude=seen)}
     else:
         folder = Path(config.data) if config.data else fetch_datasets()
-        labeled = unlabeled = load_problems(folder / "gsm8k" / "train.jsonl")  # section 4.1: U is L without rationales
+        unlabeled = load_problems(folder / "gsm8k" / "train.jsonl")  # section 4.1: U is L without rationales
+        labeled = [problem for problem in unlabeled if problem.rationale]
         paths = {name: folder / place / "test.jsonl" for name, place in TESTS.items()}
         tests = {name: load_problems(path) for name, path in paths.items() if path.exists()}
         if not tests:
             raise FileNotFoundError(f"{folder} has no test set: put one at {paths['GSM8K']}")
     first = config.limit or None
-    for problem in labeled[:first]:
-        if problem.rationale is None:
-            raise ValueError(f"the labeled set has a question without a rationale: {problem.question[:60]!r}")
     labeled = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in labeled[:first]]
     return labeled, unlabeled[:first], {name: problems[:first] for name, problems in tests.items()}
 
@@ -172,6 +171,7 @@ class RunFolder:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped here
             save_flan_t5(make(), partial)
             shutil.copy(self.base / "spiece.model", partial)
+            os.sync()  # or a power cut may keep the new name and lose the weights
             os.replace(partial, folder)
         return folder
 
@@ -187,8 +187,8 @@ class RunFolder:
                 lines.append(label + [f"{accuracy:.1f}" for accuracy in results[stage].values()])
         tests = list(results["warm-up"])
         for method, numbers in PAPER.get(self.config.size, {}).items():
-            paper = dict(zip(TESTS, numbers))
-            lines.append([f"{method}, paper", 0 if method == "SFT" else 3] + [paper.get(test, "") for test in tests])
+            cells = [dict(zip(TESTS, numbers)).get(test, "") for test in tests]
+            lines.append([f"{method}, paper", 0 if method == "SFT" else 3] + cells)
         lines = [["method", "round", *tests], ["---"] * (len(tests) + 2), *lines]
         table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
         title = f"Greedy accuracy (%), Flan-T5 {self.config.size}, seed {self.config.seed}:\n\n"
@@ -204,7 +204,10 @@ def main() -> None:
     bundled = Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else None
     base = Path(config.weights) if config.weights else bundled or fetch_flan_t5(config.size)
     labeled, unlabeled, tests = load_data(config)
-    tokenizer, folder = Tokenizer(base), RunFolder(out, config, base)
+    tokenizer = Tokenizer(base)
+    if tokenizer.vocab_size > read_config(base).vocab_size:
+        raise ValueError(f"{base} has a vocabulary of {tokenizer.vocab_size} ids, more than its model knows")
+    folder = RunFolder(out, config, base)
     print(f"Flan-T5 {config.size} on {config.device}: {len(labeled)} labeled and {len(unlabeled)} unlabeled problems -> {out}")
     began = time.perf_counter()
     stages = Stages(base, tokenizer, config, folder.keep_rows, folder.keep_model, folder.log)

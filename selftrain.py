@@ -49,7 +49,7 @@ def split_samples(rationales: Sequence[str], answer: float) -> tuple[list[str], 
 
 
 def accuracy(rationales: Sequence[str], problems: Sequence[Problem]) -> float:
-    """Share of problems solved, in percent; one rationale per problem."""
+    """Percentage of problems solved; one rationale per problem."""
     return 100 * sum(is_correct(r, p.answer) for r, p in zip(rationales, problems, strict=True)) / len(problems)
 
 
@@ -86,9 +86,10 @@ def make_pairs(
         correct, incorrect = split_samples(rationales, problem.answer)
         winning = deduplicate(gold_first(problem, correct), tokenizer, max_similarity)
         losing = deduplicate(incorrect, tokenizer, max_similarity)
-        both = [(w, l) for w in winning for l in losing]
-        both.sort(key=lambda pair: jaccard(*map(tokenizer.piece_set, pair)))
-        pairs += [PreferencePair(problem.question, w, l) for w, l in both[:n_pairs]]
+        pieces = {rationale: tokenizer.piece_set(rationale) for rationale in winning + losing}
+        both = [(chosen, rejected) for chosen in winning for rejected in losing]
+        both.sort(key=lambda pair: jaccard(pieces[pair[0]], pieces[pair[1]]))
+        pairs += [PreferencePair(problem.question, *pair) for pair in both[:n_pairs]]
     return pairs
 
 
@@ -126,14 +127,14 @@ def self_train(method: str, labeled: Sequence[Problem], unlabeled: Sequence[Prob
         here = f"{method}/round-{number}"
         if method == "dpo-st":  # DPO step: f_d = DPO(f', f', D)
             samples = stages.sample(f"{here}/samples-for-pairs", model, unlabeled, config.dpo_samples)
-            drawn_for_pairs = [a + b for a, b in zip(drawn_for_pairs, samples)]
+            drawn_for_pairs = [a + b for a, b in zip(drawn_for_pairs, samples, strict=True)]
             pairs = stages.pairs(f"{here}/preference-pairs", unlabeled, drawn_for_pairs)
             sampler, n_samples = stages.dpo(f"{here}/dpo", model, pairs), config.sft_samples
         else:
             sampler, n_samples = model, config.st_samples
         # SFT step: f' = SFT(f, L + S_a), from the original weights f, never from the last round's
         samples = stages.sample(f"{here}/samples-for-labels", sampler, unlabeled, n_samples)
-        drawn_for_labels = [a + b for a, b in zip(drawn_for_labels, samples)]
+        drawn_for_labels = [a + b for a, b in zip(drawn_for_labels, samples, strict=True)]
         pseudo_labels = stages.pseudo_labels(f"{here}/pseudo-labels", unlabeled, drawn_for_labels)
         new = [problem for problem in pseudo_labels if problem not in known]
         model = stages.sft(f"{here}/sft", [*labeled, *new])
@@ -220,12 +221,12 @@ class Stages:
         """Greedy accuracy (%) on every test set, and on the first one without the calculator too."""
 
         def make() -> list[dict]:
-            rows = []
-            for test, calculator in [(test, True) for test in tests] + [(next(iter(tests)), False)]:
-                samples = self.generate(model, tests[test], f"{name} {test}", calculator=calculator)
-                rationales = [row[0].text for row in samples]
-                title = test if calculator else f"{test} without calculator"
-                rows.append({"test": title, "accuracy": accuracy(rationales, tests[test]), "rationales": rationales})
+            rows, first = [], next(iter(tests))
+            written = self.generate(model, [problem for problems in tests.values() for problem in problems], name)
+            texts = iter([*written, *self.generate(model, tests[first], name, calculator=False)])
+            for title, problems in (*tests.items(), (f"{first} without calculator", tests[first])):
+                rationales = [next(texts)[0].text for _ in problems]
+                rows.append({"test": title, "accuracy": accuracy(rationales, problems), "rationales": rationales})
             self.log({"stage": name, **{row["test"]: row["accuracy"] for row in rows}})
             return rows
 

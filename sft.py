@@ -127,8 +127,7 @@ def train(
 
     loss_of(model, items) gives sums, "loss" among them; each is divided by the summed weight_of of the whole batch, so
     that the loss of a batch does not depend on how memory forces it to be cut. watch: more numbers for a logged step.
-
-    Raises: ValueError without items; FloatingPointError when loss or gradient is no longer finite.
+    Raises: ValueError without items; FloatingPointError when the gradient is no longer finite.
     """
     if not items:
         raise ValueError(f"{name}: there is nothing to train on")

@@ -22,8 +22,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         """path: a spiece.model, or the checkpoint folder that holds one. Raises FileNotFoundError or ValueError."""
-        path = Path(path)
-        path = path / "spiece.model" if path.is_dir() else path
+        path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: a checkpoint folder needs its spiece.model")
         try:
@@ -86,16 +85,15 @@ def format_rationale(text: str) -> str:
     """Respell a GSM8K rationale in T5's vocabulary, which has neither `<<` nor line breaks.
 
     `She sold 48/2 = <<48/2=24>>24 clips.\\n#### 24` -> `She sold 48 / 2 = [ 48 / 2 = 24] 24 clips. #### 24`.
-    Source: authors' code, data_module.py; the rules are listed line by line below.
+    Source: authors' code, data_module.py.
     """
-    text = text.translate(KNOWN_SIGNS)
-    text = re.sub(r"<<(\d+)=\1>>", "", text)  # an annotation that only restates a number
+    text = re.sub(r"<<(\d+)=\1>>", "", text.translate(KNOWN_SIGNS))  # an annotation that only restates a number
     text = re.sub(r"(?<=\D):(?=\d)", ": ", text)  # but 5:30 is a time of day
     text = text.replace("<<", "[ ").replace(">>", "] ")
     text = re.sub(r"\$(?=\S)", "$ ", text)
-    # DIFFERS: 2+3+4 becomes 2 + 3 + 4; the authors' patterns swallow the 3 and write 2 + 3+4.
+    # A match uses up both neighbours, so 2+3+4 becomes 2 + 3+4: kept, because the authors' training text has it so.
     for sign in "+-*/=":
-        text = re.sub(rf"(?<=\S)\{sign}(?=\S)", f" {sign} ", text)
+        text = re.sub(rf"(\S)\{sign}(\S)", rf"\1 {sign} \2", text)
     lines = text.split("\n")
     return " ".join(line if line.startswith("##") or line.endswith(".") else line + "." for line in lines)
 

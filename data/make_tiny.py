@@ -5,7 +5,7 @@ of its training is T5's span corruption of multi-step questions and of rationale
 question together with ITS rationale. The other half are one-step questions with their worked answer, in place of Flan's
 instruction tuning. What it cannot do afterwards is chain steps, the subject of the paper. No test question is ever shown.
 
-    python -m data.make_tiny        # about N minutes on 2 CPU cores; on the same machine, the same bytes every time
+    python -m data.make_tiny        # about 10 minutes on one CPU core
 """
 
 import io
@@ -22,8 +22,7 @@ from sft import Example, Schedule, train_sft
 from tokenizer import Tokenizer, format_rationale
 
 FOLDER = Path(__file__).parent / "tiny"
-SEED, STEPS, BATCH = 1, 3000, 32
-N_PIECES = 668  # with the 100 sentinels: 768
+SEED, STEPS, BATCH, N_PIECES = 1, 3000, 32, 668  # with the 100 sentinels 768 ids
 
 
 def make_vocabulary(path: Path) -> None:
@@ -86,7 +85,7 @@ def look_at_neighbours(model: T5) -> None:
                 stack.relative_bias.weight[bucket, head] = -slope * abs(distance - offset)
 
 
-def main() -> None:
+if __name__ == "__main__":
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # the order of sums, and so the last bits, would depend on the number of cores
     torch.set_flush_denormal(True)  # early in training many numbers are denormal, and those are slow
@@ -101,7 +100,3 @@ def main() -> None:
     examples = [make_example(tokenizer, one_step, many_steps, rng) for _ in range(STEPS * BATCH)]
     train_sft(model, examples, 1, Schedule(2e-3, BATCH, 0.05, micro_batch_tokens=2048, log_every=100), "pre-training")
     save_flan_t5(model.half(), FOLDER)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,10 @@
-"""Problems: read, check and write them. A dataset is a JSONL file in one of three spellings; public files fit as they are:
+"""Problems: read, check and write them. A dataset is a JSONL file, one problem per line, in one of three spellings:
 
-    {"question": "...", "answer": 24, "rationale": "48/2 = <<48/2=24>>24 clips\\n#### 24"}
-    {"question": "...", "answer": "48/2 = <<48/2=24>>24 clips\\n#### 24"}     GSM8K; the paper's split adds `ans`
-    {"question": "...", "ans": 24.0}                                         MultiArith, ASDiv, SVAMP
+    {"question": "...", "answer": 24, "rationale": "48/2 = <<48/2=24>>24 clips\\n#### 24"}   this project's own
+    {"question": "...", "answer": "48/2 = <<48/2=24>>24 clips\\n#### 24"}                    GSM8K; the paper's split adds `ans`
+    {"question": "...", "ans": 24.0}                                                        MultiArith, ASDiv, SVAMP
 
-One bad line refuses the whole file: skipping it would change the training set without a word. Left out: writing a rationale
-for T5 (tokenizer.py), finding the answer in a model's rationale (selftrain.py).
+One bad line refuses the whole file: skipping it would change the training set without a word.
 """
 
 import json
@@ -13,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 NUMBER = re.compile(r"-?([0-9][0-9,]*\.?[0-9]*|\.[0-9]+)")
@@ -21,7 +20,7 @@ NUMBER = re.compile(r"-?([0-9][0-9,]*\.?[0-9]*|\.[0-9]+)")
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its gold answer and, if a human wrote one, the rationale in GSM8K's raw text with its `#### 24` line."""
+    """A question, its gold answer and, where there is one, a rationale: in files GSM8K's raw text with its `#### 24` line."""
 
     question: str
     answer: float
@@ -34,11 +33,6 @@ def load_problems(path: str | Path) -> list[Problem]:
     if not problems:
         raise ValueError(f"{path} holds no problem; write one JSON object per line, with question and answer.")
     return problems
-
-
-def save_problems(problems: Iterable[Problem], path: str | Path) -> None:
-    """Write problems so that `load_problems` gives them back."""
-    write_jsonl(({k: v for k, v in asdict(problem).items() if v is not None} for problem in problems), path)
 
 
 def read_jsonl(path: str | Path) -> list[dict]:

@@ -1,8 +1,7 @@
 """Public sources: the paper's four datasets and the Flan-T5 weights, fetched once: `python -m data.sources base`.
 
-Every address is pinned to a commit. A file takes its final name only after its checksum proved right, so what the cache
-holds is whole. torch.hub downloads; half a file is not resumed, and a killed process leaves a *.partial file to delete.
-Licenses: ASDiv CC BY-NC 4.0 (no commercial use), GSM8K and SVAMP MIT, Flan-T5 Apache-2.0; MultiArith states none.
+Every address, in sources.json, is pinned to a commit. A file takes its final name only after its checksum proved right, so
+what the cache holds is whole. Half a file is not resumed; a killed process leaves a *.partial file to delete.
 """
 
 import argparse
@@ -33,11 +32,9 @@ def _multiarith(raw: bytes) -> list[dict]:
 
 
 def _asdiv(raw: bytes) -> list[dict]:
-    rows = []
-    for p in ElementTree.fromstring(raw).iter("Problem"):
-        if answer := re.fullmatch(r"(\d+)( \(.*\))?", p.findtext("Answer")):  # whole, with or without a unit: 2,096 of 2,305
-            rows.append({"question": f"{p.findtext('Body')} {p.findtext('Question')}".strip(), "ans": float(answer[1])})
-    return rows
+    texts = [[p.findtext(tag) for tag in ("Body", "Question", "Answer")] for p in ElementTree.fromstring(raw).iter("Problem")]
+    whole = [(b, q, re.fullmatch(r"(\d+)( \(.*\))?", a)) for b, q, a in texts]  # with or without a unit: 2,096 of 2,305
+    return [{"question": f"{body} {question}".strip(), "ans": float(n[1])} for body, question, n in whole if n]
 
 
 def _svamp(raw: bytes) -> list[dict]:
@@ -48,38 +45,15 @@ def _svamp(raw: bytes) -> list[dict]:
     return rows
 
 
-def _gsm8k(part: str) -> list[str]:
-    """The paper's split has moved within the authors' repository: the same file at two commits."""
-    places = ("e50bce72d6d4ef8fd294856e5ff155a68506b2a7/data", "e41ed260f28c93478541b3a3755da31df7fdc848")
-    return [f"TianduoWang/DPO-ST/{place}/gsm8k/{part}.jsonl" for place in places]
+_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+_CONVERSIONS = {"multiarith/test.jsonl": _multiarith, "asdiv/test.jsonl": _asdiv, "svamp/test.jsonl": _svamp}
+# file: conversion, sha256 of the source, its addresses on the host; size: revision; file: known sha256
+DATASETS = {name: (_CONVERSIONS.get(name), row["sha256"], *row["addresses"]) for name, row in _TABLE["datasets"].items()}
+FLAN_T5, SHA256 = _TABLE["flan-t5"], _TABLE["sha256"]
 
 
-DATASETS = {  # file: conversion, sha256 of the source, its address on the host, or several to try in turn
-    "gsm8k/train.jsonl": (None, "27c9db60d25ec1fb3d887dee85c1fc1134c0f1e974e654856683333f4c211f8f", *_gsm8k("train")),
-    "gsm8k/dev.jsonl": (None, "3117884193f6b49986ee8e951a9dfca739d5078017d1b776f283b51202f9b248", *_gsm8k("dev")),
-    "gsm8k/test.jsonl": (None, "17bd4903600088dfff5c92b025e2641cb515dea7fb14f60705fcb0c465997146", *_gsm8k("test")),
-    "multiarith/test.jsonl": (
-        _multiarith, "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4",
-        "kojima-takeshi188/zero_shot_cot/5ef330fcdeec0cd26aee27943504f91f8ec1c33c/dataset/MultiArith/MultiArith.json"),
-    "asdiv/test.jsonl": (
-        _asdiv, "ef8904068482919ac48c8eeaaf6df344b8a308ba66d048c2d4d87eab82dc4929",
-        "chaochun/nlu-asdiv-dataset/883f90a9a65bf00304ba8f37423910fe743abc47/dataset/ASDiv.xml"),
-    "svamp/test.jsonl": (
-        _svamp, "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e",
-        "arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json"),
-}
-FLAN_T5 = {  # size: revision of google/flan-t5-SIZE
-    "small": "0fc9ddf78a1e988dac52e2dac162b0ede4fd74ab", "base": "7bcac572ce56db69c1ea7c8af255c5d7c9672fc2",
-    "large": "0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a", "xl": "7d6315df2c2fb742f0f5b556879d730926ca9001",
-    "xxl": "ae7c9136adc7555eeccc78cdd960dfd60fb346ce",
-}
-SHA256 = {  # one vocabulary serves all sizes; the hub states the sha256 of the other weights
-    "spiece.model": (
-        "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86",
-        "7cfce953c20315582dead0c1fba498ad884ac37c71c48429a75086b18f09a648",  # the same pieces without training settings
-    ),
-    "small/model.safetensors": ("495fa51e204676f1a857a9fc13c4c89f3f5ba9f480b898cebca02add25e6d749",),
-}
+def _cache(cache: str | Path | None) -> Path:
+    return Path(cache or os.environ.get("DPO_ST_CACHE") or "~/.cache/dpo-st").expanduser()
 
 
 class DownloadError(RuntimeError):
@@ -102,9 +76,7 @@ def fetch_datasets(cache: str | Path | None = None) -> Path:
 
 def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
     """Return a folder with config.json, spiece.model and weights: from this cache, the hub library's, or the hub.
-
-    Raises ValueError for an unknown size, DownloadError.
-    """
+    Raises ValueError for an unknown size, DownloadError."""
     if size not in FLAN_T5:
         raise ValueError(f"There is no Flan-T5 {size!r}; choose among {', '.join(FLAN_T5)}.")
     formats = ["model.safetensors"] * bool(find_spec("safetensors")) + ["pytorch_model.bin"]  # those that can be read
@@ -121,10 +93,6 @@ def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
     for name in _weight_files(folder, formats[0]):
         _download(f"{url}/{name}", folder / name, SHA256.get(f"{size}/{name}", ()))
     return folder
-
-
-def _cache(cache: str | Path | None) -> Path:
-    return Path(cache or os.environ.get("DPO_ST_CACHE") or "~/.cache/dpo-st").expanduser()
 
 
 def _weight_files(folder: Path, weights: str) -> list[str]:
@@ -149,7 +117,7 @@ class _StopAtChecksum(urllib.request.HTTPRedirectHandler):
 
 
 def _ask(url: str) -> tuple[str, int]:
-    """Return the checksum ("" if none) and the length in bytes that the host states."""
+    """The checksum ("" if none) and the length in bytes that the host states."""
     try:
         headers = urllib.request.build_opener(_StopAtChecksum).open(urllib.request.Request(url, method="HEAD")).headers
     except HTTPError as error:
@@ -195,9 +163,8 @@ def _download(url: str, path: Path, known: tuple[str, ...], convert: Callable | 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.sources", description=__doc__.partition(":")[0] + ".")
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"Flan-T5 to fetch too: {', '.join(FLAN_T5)}")
-    sizes = parser.parse_args().sizes
     try:
-        print(*map(fetch_flan_t5, sizes), fetch_datasets(), sep="\n")
+        print(*map(fetch_flan_t5, parser.parse_args().sizes), fetch_datasets(), sep="\n")
     except (ValueError, DownloadError) as error:
         parser.exit(2, f"{error}\n")
 

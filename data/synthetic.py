@@ -3,9 +3,7 @@
 A story is an opening and some events. Each adds a sentence to the question and a line of arithmetic (or two, for "three
 bags of twelve") to the rationale, going on from the number reached so far. Families, names, objects and wordings vary,
 and one story in four mentions a number that has nothing to do with the answer. The families are told in stories.txt,
-which you can extend; two of them, library and orchard, are only ever test sets.
-
-Left out: fractions, percentages, units, and all that one must know about the world. A tiny model should stand a chance.
+which you can extend; two of them, library and orchard, are only ever test sets. Left out: fractions, percentages, units.
 
     python -m data.synthetic        # three of them
 """
@@ -102,7 +100,7 @@ def tell_story(rng: random.Random, family: list[Row], steps: int) -> Problem | N
 
 
 def make_problems(
-    n: int, seed: int, steps: tuple[int, ...] = (2, 3), exclude: Collection[str] = (), families: tuple = IN_DOMAIN
+    n: int, seed: int | str, steps: tuple[int, ...] = (2, 3), exclude: Collection[str] = (), families: tuple = IN_DOMAIN
 ) -> list[Problem]:
     """Make n different problems, none of whose questions is in `exclude`; the same arguments give the same problems.
 
@@ -122,5 +120,4 @@ def make_problems(
 
 
 if __name__ == "__main__":
-    for problem in make_problems(3, seed=0, steps=(1, 2, 3)):
-        print(problem.question, problem.rationale, sep="\n", end="\n\n")
+    print(*(f"{p.question}\n{p.rationale}" for p in make_problems(3, seed=0, steps=(1, 2, 3))), sep="\n\n")

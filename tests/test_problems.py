@@ -2,11 +2,12 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from data.problems import Problem, load_problems, read_jsonl, save_problems, write_jsonl, write_text
+from data.problems import Problem, load_problems, read_jsonl, write_jsonl, write_text
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 GOOD = {"question": "Tom has 2 bags of 3 apples. How many?", "rationale": "2*3 = <<2*3=6>>6 apples\n#### 6", "answer": 6}
@@ -104,8 +105,8 @@ def test_saved_problems_come_back_equal_and_the_bytes_repeat(tmp_path):
     problems = [Problem("¿Cuántas? 5 × 3\u2028", 15.0, "5 × 3 = <<5*3=15>>15\r\n#### 15"), Problem('a "b" \\ \t', -0.125),
                 Problem("?", 1e300)]
     first, second = tmp_path / "new folder" / "first.jsonl", tmp_path / "second.jsonl"
-    save_problems(problems, first)
-    save_problems(load_problems(first), second)
+    write_jsonl(map(asdict, problems), first)
+    write_jsonl(map(asdict, load_problems(first)), second)
     assert load_problems(second) == problems
     assert first.read_bytes() == second.read_bytes() and first.read_bytes().count(b"\n") == 3 and b"\r" not in first.read_bytes()
 

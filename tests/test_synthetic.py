@@ -1,12 +1,13 @@
 """The synthetic stories and the checkpoint bundled for them. A wrong label here would be learned without a murmur."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from calculator import calculate
-from data.problems import load_problems, save_problems
+from data.problems import load_problems, write_jsonl
 from data.synthetic import FAMILIES, IN_DOMAIN, OUT_OF_DOMAIN, make_problems
 from model import load_flan_t5
 from tokenizer import UNKNOWN_ID, Tokenizer, format_rationale
@@ -114,7 +115,7 @@ def test_two_families_are_kept_for_out_of_domain_tests():
 
 def test_stories_survive_the_disk(problems, tmp_path):
     """They are ordinary problems in GSM8K's format: written and read like any other dataset."""
-    save_problems(problems[:100], tmp_path / "problems.jsonl")
+    write_jsonl(map(asdict, problems[:100]), tmp_path / "problems.jsonl")
     assert load_problems(tmp_path / "problems.jsonl") == problems[:100]
 
 

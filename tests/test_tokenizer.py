@@ -160,6 +160,8 @@ def test_the_example_of_the_facts_is_met_to_the_letter():
         ("a restated number is the same number", "<<24=2>>2.", "[ 24 = 2] 2."),
         ("a space after $", "$5 and $ 6.", "$ 5 and $ 6."),
         ("squeezed signs", "1+2-3*4/5=6.", "1 + 2 - 3 * 4 / 5 = 6."),
+        ("a chain of digits, as in the authors' text", "2+3+4.", "2 + 3+4."),
+        ("a chain of longer numbers", "20+30+40.", "20 + 30 + 40."),
         ("spaced signs stay", "1 + 2 - 3 * 4 / 5 = 6.", "1 + 2 - 3 * 4 / 5 = 6."),
         ("half-spaced signs stay", "1 +2 and -3 = 4= 4.", "1 +2 and -3 = 4= 4."),
         ("signs in words too", "a two-step walk.", "a two - step walk."),
@@ -189,15 +191,15 @@ def by_the_rules(raw: str) -> str:
             left, right = note.split("=", 1) if "=" in note else (note, "")
             text += after if left == right and left.isdigit() else f"[ {note}] {after}"
         for sign in ":$+-*/=":
-            spaced = ""
-            for before, char, after in zip(" " + text, text, text[1:] + " "):
-                squeezed = char == sign and not after.isspace()
+            spaced, free = "", 0  # the character after a spaced sign does not count as the one before the next
+            for at, (before, char, after) in enumerate(zip(" " + text, text, text[1:] + " ")):
+                squeezed = char == sign and not after.isspace() and (at > free or sign in ":$")
                 if squeezed and sign == ":":
                     spaced += ": " if after.isdigit() and not before.isdigit() else ":"
                 elif squeezed and sign == "$":
                     spaced += "$ "
                 elif squeezed and not before.isspace():
-                    spaced += f" {sign} "
+                    spaced, free = f"{spaced} {sign} ", at + 2
                 else:
                     spaced += char
             text = spaced
@@ -237,6 +239,7 @@ def test_gsm8k_markers_survive_the_vocabulary(tokenizer, formatted):
 
 def test_formatting_twice_changes_nothing(formatted):
     """Own data may come in either spelling, one step per line; a second pass must not space it out further."""
-    for text in formatted:
-        if "$." not in text:  # `5$` at the end of a line: the full stop comes after the rule for $
-            assert format_rationale(text.replace(" ####", "\n####")) == text
+    # Not: `5$` at the end of a line (the full stop comes after the rule for $), chains of digits such as 2 + 3+4.
+    settled = [text for text in formatted if "$." not in text and not re.search(r"\S[-+*/=]\S", text)]
+    assert len(settled) > 0.9 * len(formatted)
+    assert all(format_rationale(text.replace(" ####", "\n####")) == text for text in settled)
