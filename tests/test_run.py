@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,9 +18,10 @@ import pytest
 import run
 from conftest import ROOT
 from data.problems import read_jsonl
+from model import SIZES, T5, save_flan_t5
 
 # Small enough for seconds, yet every stage has work: some samples are right, some are wrong.
-SHORT = "--rounds 1 --limit 12 --sft-epochs 40 --sft-batch-size 12 --dpo-steps 3 --max-new-tokens 60".split()
+SHORT = "--rounds 1 --limit 30 --sft-epochs 20 --dpo-steps 3".split()
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -62,14 +65,14 @@ def test_the_numbers_of_a_run_add_up(finished):
     for name, count in (("st/round-1/samples-for-labels", 8), ("dpo-st/round-1/samples-for-pairs", 5),
                         ("dpo-st/round-1/samples-for-labels", 3)):  # fmt: skip
         rows = read_jsonl(finished / f"{name}.jsonl")
-        assert len(rows) == 12 and all(len(row["rationales"]) == count for row in rows)
+        assert len(rows) == 30 and all(len(row["rationales"]) == count for row in rows)
     results = json.loads((finished / "results.json").read_text())
     assert list(results) == ["warm-up", "st/round-1", "dpo-st/round-1"]
     for stage, row in results.items():
         stored = read_jsonl(finished / stage / "evaluation.jsonl")
         assert row == {r["test"]: round(r["accuracy"], 2) for r in stored}
         assert list(row) == ["held-out", "held-out without calculator"]
-        assert all(len(r["rationales"]) == 12 for r in stored)
+        assert all(len(r["rationales"]) == 30 for r in stored)
     table = (finished / "results.md").read_text()
     assert "| SFT | 0 |" in table and "| ST | 1 |" in table and "| DPO-ST | 1 |" in table
 
@@ -118,11 +121,11 @@ def test_other_numbers_in_the_same_folder_are_refused(finished):
 def test_the_model_of_a_finished_run_can_be_asked(finished):
     """A run's checkpoint is all that decode.py needs; piped output carries no colour codes."""
     result = subprocess.run(
-        [sys.executable, "decode.py", "--checkpoint", finished / "dpo-st/round-1/sft", "Tom has 3 pens and buys 4. How many?"],
+        [sys.executable, "decode.py", "--checkpoint", finished / "dpo-st/round-1/sft", "How many are 3 + 4?"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "batched" in result.stdout and "\033" not in result.stdout
+    assert "tokens/s" in result.stdout and "\033" not in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,8 @@ def test_the_model_of_a_finished_run_can_be_asked(finished):
         (["--rounds", "-1"], "--rounds"),
         (["--sft-batch-size", "0"], "--sft-batch-size"),
         (["--beta", "nan"], "--beta"),
+        (["--percentile", "150"], "--percentile"),
+        (["--held-out", "1"], "--held-out"),
         (["--weights", "no/such/folder"], "no/such/folder"),
         (["--data", "no/such/folder"], "no/such/folder"),
     ],
@@ -141,6 +146,20 @@ def test_mistakes_get_one_sentence_and_exit_code_2(arguments, words, tmp_path):
     result = command("--out", tmp_path / "run", *arguments)
     assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()[-1]) < 400
+
+
+def test_a_first_command_that_fails_does_not_claim_the_folder(tmp_path):
+    """The corrected command must not be told that the folder belongs to a run with other numbers."""
+    result = command("--weights", "no/such/folder", "--out", tmp_path / "run")
+    assert result.returncode == 2 and not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
+    """Its last ids would index past the embedding: a crash in the middle of a batch, on a GPU without a word."""
+    save_flan_t5(T5(replace(SIZES["tiny"], vocab_size=300)), tmp_path / "model")
+    shutil.copy(ROOT / "data/tiny/spiece.model", tmp_path / "model")
+    result = command("--weights", tmp_path / "model", "--out", tmp_path / "run")
+    assert result.returncode == 2 and "vocabulary" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_broken_data_is_refused_with_its_line(tmp_path):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import run
 from calculator import calculate
+from data import make_tiny
 from data.problems import load_problems, write_jsonl
-from data.synthetic import FAMILIES, IN_DOMAIN, OUT_OF_DOMAIN, make_problems
+from data.synthetic import FAMILIES, IN_DOMAIN, OUT_OF_DOMAIN, TEST_SEED, make_problems
 from model import load_flan_t5
 from tokenizer import UNKNOWN_ID, Tokenizer, format_rationale
 
@@ -142,3 +144,15 @@ def test_its_digits_stand_alone():
     pieces = [tokenizer.piece(i) for i in range(tokenizer.n_pieces)]
     assert all(len(piece.strip()) == 1 for piece in pieces if re.search(r"\d", piece))
     assert len(tokenizer.encode("Tom has 857 cards.")) == len("Tom has 8 5 7 cards .".split()) + 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 42])
+def test_no_run_trains_or_tests_on_what_the_bundled_base_has_seen(seed):
+    """The base read 30,000 multi-step stories. A seed that drew the same ones as L, U or test set would measure memory."""
+    held_out = {problem.question for problem in make_problems(10_000, TEST_SEED)}
+    pool = {problem.question for problem in make_problems(30_000, make_tiny.SEED, steps=(2, 3), exclude=held_out)}
+    labeled, unlabeled, tests = run.load_data(run.parse_args(["--seed", str(seed), "--device", "cpu"])[0])
+    train = {problem.question for problem in [*labeled, *unlabeled]}
+    test = {problem.question for problem in tests["held-out"]}
+    assert len(train) == 1250 and len(test) == 2000
+    assert not train & pool and not test & pool and not train & test
