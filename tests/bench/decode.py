@@ -19,7 +19,7 @@ from data.problems import load_problems
 from data.synthetic import make_problems
 from decode import generate
 from model import SIZES, T5, load_flan_t5, save_flan_t5
-from tokenizer import MAX_QUESTION, Tokenizer, pad_batch
+from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     if folder is None:
         torch.manual_seed(0)
         folder, model = Path(tempfile.mkdtemp()), T5(SIZES["small"])
-        model.lm_head.weight.data[1] = -10 * model.lm_head.weight.data[1].abs()  # random weights: make an early end unlikely
+        model.lm_head.weight.data[EOS_ID] = 0  # never the largest of 32,128 random logits: no rationale ends early
         save_flan_t5(model, folder)
     ours, tokenizer = load_flan_t5(folder), Tokenizer(args.checkpoint or args.vocabulary)
     peer = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
