@@ -71,8 +71,8 @@ class Config:
     final_ratio: float = number(0.1, 0.1, "training", "the cosine ends at this part of the peak [authors' code]")
     weight_decay: float = number(0.01, 0.01, "training", "of AdamW [appendix A]")
     max_grad_norm: float = number(1.0, 1.0, "training", "gradient clipping [appendix A]")
-    micro_batch_tokens: int = number(8192, 2048, "training", "padded tokens per forward pass: lower it for less memory [ours]")
-    decode_batch_size: int = number(96, 256, "training", "rationales written at a time: lower it for less memory [ours]")
+    micro_batch_tokens: int = number(8192, 2048, "training", "about the tokens per forward pass: a memory limit [ours]")
+    decode_batch_size: int = number(96, 256, "training", "rationales written at a time: a memory limit [ours]")
     log_every: int = number(10, 20, "training", "optimiser steps between two printed lines [ours]")
     n_labeled: int = number(0, 250, "problems of --size tiny", "labeled problems")
     n_unlabeled: int = number(0, 1000, "problems of --size tiny", "other questions, with answers only")
@@ -93,11 +93,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     parser.add_argument("--size", choices=SIZES, default="tiny", help="the model, and with it the defaults below")
     parser.add_argument("--method", choices=("dpo-st", "st", "both"), help="default: both for tiny, else dpo-st")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/SIZE-seed-SEED")
-    parser.add_argument("--weights", default="", metavar="DIR", help="another checkpoint; --size still chooses the numbers")
+    parser.add_argument("--weights", default="", metavar="DIR", help="a checkpoint; --size still chooses the numbers")
     parser.add_argument("--data", default="", metavar="DIR", help="datasets: gsm8k/train.jsonl, gsm8k/test.jsonl, ...")
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--no-calculator", dest="calculator", action="store_false", help="sample without the calculator")
+    parser.add_argument("--no-calculator", dest="calculator", action="store_false", help="when sampling")
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(n.metadata["group"] for n in NUMBERS)}
     for item in NUMBERS:
         tiny, letter = item.metadata["tiny"], "N" if item.type is int else "X"
@@ -208,12 +208,12 @@ def main() -> None:
     if tokenizer.vocab_size > read_config(base).vocab_size:
         raise ValueError(f"{base} has a vocabulary of {tokenizer.vocab_size} ids, more than its model knows")
     folder = RunFolder(out, config, base)
-    print(f"Flan-T5 {config.size} on {config.device}: {len(labeled)} labeled and {len(unlabeled)} unlabeled problems -> {out}")
+    print(f"Flan-T5 {config.size} on {config.device}: {len(labeled)} labeled, {len(unlabeled)} unlabeled -> {out}")
     began = time.perf_counter()
     stages = Stages(base, tokenizer, config, folder.keep_rows, folder.keep_model, folder.log)
     for method in ("st", "dpo-st") if config.method == "both" else (config.method,):
         model = self_train(method, labeled, unlabeled, tests, config, stages)
-    print(f"\n{folder.report()}\n{time.perf_counter() - began:,.0f} s. Now: python decode.py --checkpoint {model} 'QUESTION'")
+    print(f"\n{folder.report()}\n{time.perf_counter() - began:,.0f} s. Next: decode.py --checkpoint {model} 'QUESTION'")
 
 
 if __name__ == "__main__":

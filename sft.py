@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (paper, eq. 2): raise the likelihood of good rationales, and the training loop of this project.
+"""Supervised fine-tuning (paper, eq. 2): raise the likelihood of good rationales. And the training loop of the project.
 
 Left out: generation, preferences, early stopping, mixed precision in fp16 (T5 overflows in it).
 
