@@ -221,7 +221,7 @@ def test_weights_without_a_stated_checksum_are_refused(hosts, tmp_path):
     assert "checksum" in refused(fetch_flan_t5, "base") and not list(tmp_path.rglob("pytorch_model*"))
 
 
-@pytest.mark.parametrize("name", ["../evil.bin", "/tmp/evil.bin", "a/evil.bin", "a\\evil.bin", "x.bin/../../evil.bin", "..", "",
+@pytest.mark.parametrize("name", ["../evil.bin", "/evil.bin", "a/evil.bin", "a\\evil.bin", "x.bin/../../evil.bin", "..", "",
                                   ".bin", "config.json", "evil.bin\n", 5, None, ["evil.bin"]])
 def test_an_index_cannot_name_files_outside_the_folder(hosts, tmp_path, name):
     """The names come from the network: "../x" would be written outside, "config.json" over a file already checked."""
