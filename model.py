@@ -349,10 +349,10 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> T5Config:
     """Read config.json (public field names). Raises ValueError if it describes anything but a Flan-T5."""
     path = folder / "config.json"
-    fields, n_layers = read_json(path), read_json(path).get("num_layers")
+    fields = read_json(path)
     for name, wanted, default in (  # the defaults are those of T5 1.0
         ("model_type", "t5", None), ("feed_forward_proj", "gated-gelu", "relu"), ("tie_word_embeddings", False, True),
-        ("num_decoder_layers", n_layers, n_layers), ("relative_attention_num_buckets", 32, 32),
+        ("num_decoder_layers", *[fields.get("num_layers")] * 2), ("relative_attention_num_buckets", 32, 32),
         ("relative_attention_max_distance", 128, 128),
     ):  # fmt: skip
         if (found := fields.get(name, default)) != wanted:

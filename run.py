@@ -171,7 +171,7 @@ class RunFolder:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped here
             save_flan_t5(make(), partial)
             shutil.copy(self.base / "spiece.model", partial)
-            os.sync()  # or a power cut may keep the new name and lose the weights
+            getattr(os, "sync", int)()  # or a power cut may keep the new name and lose the weights; Windows has none
             os.replace(partial, folder)
         return folder
 

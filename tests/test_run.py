@@ -10,12 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import decode
 import run
+import selftrain
+import sft
 from conftest import ROOT
 from data.problems import read_jsonl
 from model import SIZES, T5, save_flan_t5
@@ -181,6 +184,17 @@ def test_every_hyper_parameter_of_the_paper_is_a_flag_with_that_default():
     assert (config.max_new_tokens, config.method, config.seed) == (300, "dpo-st", 42)
     text = command("--help").stdout
     assert all(run.flag(item.name) in text for item in run.NUMBERS)
+
+
+def test_the_paper_has_the_same_numbers_wherever_they_are_defaults():
+    """Functions can be called without a Config: their defaults must not drift away from the documented ones."""
+    config, _ = run.parse_args(["--size", "base", "--device", "cpu"])
+    schedule = sft.Schedule(config.sft_learning_rate)
+    for item in fields(sft.Schedule)[2:]:
+        assert getattr(schedule, item.name) == getattr(config, item.name), item.name
+    assert (decode.TOP_K, decode.MAX_NEW_TOKENS) == (config.top_k, config.max_new_tokens)
+    rules = selftrain.MAX_SIMILARITY, selftrain.N_PAIRS, selftrain.PERCENTILE
+    assert rules == (config.max_similarity, config.n_pairs, config.percentile)
 
 
 def test_the_real_checkpoint_and_real_gsm8k_run_every_stage(shared, tmp_path):
