@@ -6,6 +6,7 @@ the grammar itself is bounded in length, depth and size.
     python calculator.py "48 / 2"
 """
 
+import operator
 import re
 import sys
 from collections import deque
@@ -16,10 +17,8 @@ MAX_SIZE = 1e15  # integers up to here are exact in a float
 
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,200  3.5  3.  .5
 TOKEN = re.compile(rf"{NUMBER}|[-+*/()%]")
+OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv)}
 
-
-class Refused(Exception):
-    """The tokens do not form an expression this calculator evaluates."""
 
 def calculate(expression: str) -> str | None:
     """Evaluate arithmetic and print the result as a rationale shows it; None for anything else.
@@ -33,8 +32,8 @@ def calculate(expression: str) -> str | None:
         return None
     tokens = deque(TOKEN.findall(expression))
     try:
-        value = read_sum(tokens, MAX_DEPTH)
-    except (Refused, ZeroDivisionError):
+        value = evaluate(tokens, MAX_DEPTH)
+    except (ValueError, ZeroDivisionError):
         return None
     return None if tokens else format_number(value)
 
@@ -50,35 +49,24 @@ def format_number(value: float) -> str:
     return "0" if text == "-0" else text
 
 
-def read_sum(tokens: deque[str], depth: int) -> float:
-    """Like the other readers, take what it understands from the left of the tokens, and return its value."""
-    value = read_product(tokens, depth)
-    while tokens and tokens[0] in "+-":
-        sign, right = tokens.popleft(), read_product(tokens, depth)
-        value = bounded(value + right if sign == "+" else value - right)
-    return value
-
-
-def read_product(tokens: deque[str], depth: int) -> float:
+def evaluate(tokens: deque[str], depth: int, strength: int = 0) -> float:
+    """Take from the left of the tokens an expression whose operators all bind more strongly; return its value.
+    Raises ValueError for anything else, or a number that is too large."""
     value = read_factor(tokens, depth)
-    while tokens and tokens[0] in "*/":
-        sign, right = tokens.popleft(), read_factor(tokens, depth)
-        value = bounded(value * right if sign == "*" else value / right)
+    while tokens and OPERATORS.get(tokens[0], (0,))[0] > strength:
+        stronger, apply = OPERATORS[tokens.popleft()]
+        value = bounded(apply(value, evaluate(tokens, depth, stronger)))
     return value
 
 
 def read_factor(tokens: deque[str], depth: int) -> float:
-    if depth == 0 or not tokens:
-        raise Refused
-    first = tokens.popleft()
+    first = tokens.popleft() if tokens and depth else ""
     if first == "-":
         return -read_factor(tokens, depth - 1)
     if first == "(":
-        value = read_sum(tokens, depth - 1)
+        value = evaluate(tokens, depth - 1)
         if not tokens or tokens.popleft() != ")":
-            raise Refused
-    elif first in "+*/)%":
-        raise Refused
+            raise ValueError("a bracket stays open")
     else:
         value = bounded(float(first.replace(",", "")))
     while tokens and tokens[0] == "%":
@@ -88,7 +76,7 @@ def read_factor(tokens: deque[str], depth: int) -> float:
 
 def bounded(value: float) -> float:
     if abs(value) > MAX_SIZE:
-        raise Refused
+        raise ValueError("too large")
     return value
 
 

@@ -50,9 +50,8 @@ def make_pair_examples(pairs: Sequence[PreferencePair], tokenizer: Tokenizer) ->
 def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
     """log pi(y|x) of the chosen and of the rejected rationales, each (B,) fp32.
 
-    A SUM over target tokens, EOS included and padding excluded: the loss compares whole rationales, so a mean would
-    favour long ones. Nothing is shifted here: the decoder's inputs already are, unlike in decoder-only code.
-    Every distinct question is encoded once, whatever the number of its pairs and sides.
+    A SUM over target tokens, EOS included and padding excluded: the loss compares whole rationales, so a mean would favour
+    long ones. Nothing is shifted here: the decoder's inputs already are. Every distinct question is encoded once.
     """
     questions = list(dict.fromkeys(pair.input_ids for pair in pairs))
     input_ids, attention_mask = (t.to(model.device) for t in pad_batch([list(ids) for ids in questions]))

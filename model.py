@@ -1,8 +1,8 @@
 """Flan-T5 in plain PyTorch: the encoder-decoder that DPO-ST trains (paper, section 4.2).
 
-The T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), a key-value cache for decoding one token at a time, and
-checkpoints in the public layout. Left out: losses, sampling, text, fp16 (T5 overflows in it), model parallelism.
-Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K d_kv, V vocabulary, W cached positions.
+The T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), and checkpoints in the public layout. Left out: losses,
+sampling, text, the cache of keys and values (decode.py), fp16 (T5 overflows in it), model parallelism.
+Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K d_kv, V vocabulary.
 
     python model.py base        # a shape trace and the parameter count of a size
 """
@@ -13,6 +13,8 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +52,6 @@ SIZES = {
 
 class RMSNorm(nn.Module):
     """Scale x (..., D) to unit root mean square: no mean is subtracted and no bias added. Computed in fp32."""
-
     def __init__(self, size: int, epsilon: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -64,7 +65,7 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets: i
     """Sort signed distances (key position - query position, int64) into buckets 0..n_buckets-1, same shape.
 
     The nearest half of the buckets hold one distance each, the others grow logarithmically up to max_distance. The
-    encoder looks both ways and spends half of its buckets on keys to the right. Source: Raffel et al. (2020), section 2.1.
+    encoder spends half of its buckets on keys to the right. Source: Raffel et al. (2020), section 2.1.
     """
     offset, distance = (distance > 0) * (n_buckets // 2), -distance
     if bidirectional:
@@ -77,39 +78,73 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets: i
     return offset + torch.where(distance < exact, distance, far)
 
 
+class Linear(nn.Linear):
+    """x W^T, without a bias; by the packed copy of W while there is one."""
+    packed: Tensor | None = None
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+@contextmanager
+def decoding(model: nn.Module) -> Iterator[None]:
+    """Within this context dropout is off, and on a CPU fp32 products of few rows take half the time. Do not train in it.
+
+    F.linear rearranges a matrix at every call, which for 1 to 100 rows costs as much as the product. A second copy of the
+    weights in oneDNN's layout saves that. torch has no public name for it: this is the operator of torch.compile's
+    freezing, and where it is missing nothing is packed.
+    """
+    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    layers, was_training = [layer for layer in model.modules() if isinstance(layer, Linear)], model.training
+    try:
+        model.eval()
+        for layer in layers:
+            if usable and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
+                layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        yield
+    finally:
+        model.train(was_training)
+        for layer in layers:
+            layer.packed = None
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases. Keys and values come from outside, so one class serves all three uses."""
-
     def __init__(self, config: T5Config):
         super().__init__()
         inner = config.n_heads * config.d_kv
         self.n_heads, self.dropout = config.n_heads, config.dropout
-        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q, self.k, self.v = (Linear(config.d_model, inner) for _ in range(3))
+        self.o = Linear(inner, config.d_model)
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, H*K) -> (B, H, T, K)
 
-    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Project states (B, S, D) to keys and values, each (B, H, S, K)."""
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:  # (B, S, D) -> twice (B, H, S, K)
         return self.split(self.k(states)), self.split(self.v(states))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """Mix values into x (B, T, D). bias: added to the scores, broadcast to (B, H, T, S); it also masks."""
         queries = self.split(self.q(x))
-        dropout = self.dropout if self.training else 0.0
-        # scale=1: T5 has no 1/sqrt(K) here, its initialisation of q carries that factor instead.
-        mixed = F.scaled_dot_product_attention(queries, keys, values, bias.to(queries.dtype), dropout, scale=1.0)
+        if queries.shape[2] == 1 and x.device.type == "cpu" and not self.training:  # the plain formula, twice as fast here
+            mixed = (queries @ keys.transpose(2, 3) + bias).softmax(-1) @ values
+        else:  # scale=1: T5 has no 1/sqrt(K) here, its initialisation of q carries that factor instead
+            dropout = self.dropout if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(queries, keys, values, bias.to(queries.dtype), dropout, scale=1.0)
         return self.o(mixed.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class GatedFeedForward(nn.Module):
     """down(gelu(gate(x)) * up(x)), with the tanh approximation of GELU. Source: Shazeer (2020), GEGLU."""
-
     def __init__(self, config: T5Config):
         super().__init__()
-        self.gate, self.up = (nn.Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate, self.up = (Linear(config.d_model, config.d_ff) for _ in range(2))
+        self.down = Linear(config.d_ff, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +153,6 @@ class GatedFeedForward(nn.Module):
 
 class EncoderBlock(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): the norm sits inside the residual branch."""
-
     def __init__(self, config: T5Config):
         super().__init__()
         self.self_attention_norm = RMSNorm(config.d_model, config.epsilon)
@@ -135,7 +169,6 @@ class EncoderBlock(nn.Module):
 
 class DecoderBlock(EncoderBlock):
     """An encoder block with cross-attention to the source between its two halves."""
-
     def __init__(self, config: T5Config):
         super().__init__(config)
         self.cross_attention_norm = RMSNorm(config.d_model, config.epsilon)
@@ -149,14 +182,13 @@ class DecoderBlock(EncoderBlock):
             keys, values = cache.append(layer, keys, values)
         x = x + self.dropout(self.self_attention(h, keys, values, bias))
         # No position bias in cross-attention: source_bias holds only the padding mask.
-        keys, values = cache.of_question(layer) if cache else self.cross_attention.keys_values(states)
+        keys, values = cache.cross[layer] if cache else self.cross_attention.keys_values(states)
         x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), keys, values, source_bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class Stack(nn.Module):
     """The blocks of one side, their shared relative position bias, and the final norm."""
-
     def __init__(self, config: T5Config, block: type[nn.Module], bidirectional: bool):
         super().__init__()
         self.config, self.bidirectional = config, bidirectional
@@ -186,14 +218,13 @@ def shift_right(labels: Tensor) -> Tensor:
 
 class T5(nn.Module):
     """Flan-T5: `encode` a question once, then `decode` a whole target or `step` through it token by token."""
-
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)  # used by both stacks, NOT by the head
         self.encoder = Stack(config, EncoderBlock, bidirectional=True)
         self.decoder = Stack(config, DecoderBlock, bidirectional=False)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
         self.apply(self.initialise)
 
     def initialise(self, module: nn.Module) -> None:
@@ -234,79 +265,17 @@ class T5(nn.Module):
         """Predict every next token: (B, S), (B, S), (B, T) int64 -> logits (B, T, V)."""
         return self.lm_head(self.decode(decoder_input_ids, self.encode(input_ids, attention_mask), attention_mask))
 
-    def cross_keys_values(self, states: Tensor) -> Tensor:
-        """Every decoder layer's keys and values of encoder states (B, S, D) -> (layers, 2, B, H, S, K)."""
-        return torch.stack([torch.stack(block.cross_attention.keys_values(states)) for block in self.decoder.blocks])
+    def cross_keys_values(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Every decoder layer's keys and values of encoder states (B, S, D), each (B, H, S, K)."""
+        return [block.cross_attention.keys_values(states) for block in self.decoder.blocks]
 
-    def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
-        """Advance every slot of the cache by one token: ids (B,) int64 -> logits (B, V) for the token after it."""
+    def step(self, ids: Tensor, cache) -> Tensor:
+        """Advance every slot of a decode.KVCache by one token: ids (B,) int64 -> logits (B, V) for the one after it."""
         bias, source_bias = cache.advance()
         x = self.shared(ids)[:, None]  # (B, 1, D)
         for layer, block in enumerate(self.decoder.blocks):
             x = block(x, bias, source_bias, None, cache, layer)
         return self.lm_head(self.decoder.final_norm(x))[:, 0]
-
-
-class KVCache:
-    """Keys and values of B slots that share one clock.
-
-    T5 knows distances only, never absolute positions. So sequences of one batch may start at different times and still
-    write to the same place of a tape at each step and share one row of position bias; a mask hides from each slot what
-    lies before its own birth. A finished slot goes to the next question at once, without moving the others.
-
-    Numbers held: 2 * n_layers * n_slots * H * K * (max_new_tokens + SLACK + source_length).
-    """
-
-    SLACK = 64  # the tape is this much longer than one sequence, so that it is wound back only once in so many steps
-
-    def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int):
-        c, like = model.config, model.shared.weight.detach()
-        self.length = max_new_tokens + self.SLACK
-        self.tape = like.new_zeros(c.n_layers, 2, n_slots, c.n_heads, self.length, c.d_kv)
-        self.cross = like.new_zeros(c.n_layers, 2, n_slots, c.n_heads, source_length, c.d_kv)
-        self.births = torch.zeros(n_slots, dtype=torch.long, device=like.device)  # each slot's first place on the tape
-        self.source_lengths = torch.zeros_like(self.births)
-        self.clock = self.start = self.width = 0  # live are tape[start:clock] and the first `width` source positions
-        self.positions = torch.arange(max(self.length, source_length), device=like.device)
-        # The newest position is last: distances max_new_tokens-1, ..., 1, 0. A window takes as many as it needs.
-        self.bias = model.decoder.position_bias(self.positions[None, :max_new_tokens] - max_new_tokens + 1)
-
-    def admit(self, slot: int, cross: Tensor, source_length: int) -> None:
-        """Give a slot to a new sequence; cross: its question's keys and values (layers, 2, H, >= source_length, K)."""
-        self.tape[:, :, slot], self.cross[:, :, slot] = 0, 0  # nothing of the old tenant stays, not even masked
-        self.cross[:, :, slot, :, :source_length] = cross[..., :source_length, :]
-        self.births[slot], self.source_lengths[slot] = self.clock, source_length
-
-    def fit(self, oldest: int, width: int) -> None:
-        """Narrow the window: `oldest` is the age of the oldest live slot, `width` its longest question (tokens)."""
-        self.start, self.width = self.clock - oldest, width
-
-    def advance(self) -> tuple[Tensor, Tensor]:
-        """Move the clock on by one. Return the self bias (B, H, 1, W) and the cross bias (B, 1, 1, width)."""
-        if self.clock == self.length:  # the end of the tape: wind the live window back to its beginning
-            for layer in self.tape:
-                layer[..., : self.clock - self.start, :] = layer[..., self.start :, :].clone()
-            self.births -= self.start
-            self.clock, self.start = self.clock - self.start, 0
-        self.clock += 1
-        seen = self.positions[self.start : self.clock] >= self.births[:, None]  # (B, W)
-        real = self.positions[: self.width] < self.source_lengths[:, None]  # (B, width)
-        bias = self.bias[..., self.bias.shape[-1] - seen.shape[-1] :]  # (1, H, 1, W)
-        return bias + mask_to_bias(seen, bias.dtype)[:, None, None], mask_to_bias(real, bias.dtype)[:, None, None]
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write this step's keys and values (B, H, 1, K); return those of the live window, each (B, H, W, K)."""
-        tape = self.tape[layer]
-        tape[0, :, :, self.clock - 1], tape[1, :, :, self.clock - 1] = keys[:, :, 0], values[:, :, 0]
-        return tape[..., self.start : self.clock, :].unbind()
-
-    def of_question(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.cross[layer, ..., : self.width, :].unbind()
-
-    def keep(self, slots: list[int]) -> None:
-        """Drop all other slots, so that the last few sequences do not drag an empty batch along."""
-        self.births, self.source_lengths = self.births[slots], self.source_lengths[slots]
-        self.tape, self.cross = self.tape[:, :, slots], self.cross[:, :, slots]
 
 
 EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -337,13 +306,10 @@ def read_json(path: Path) -> dict:
     """Read one JSON object. Raises FileNotFoundError or ValueError, naming the file."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: name a folder that holds a Flan-T5 checkpoint")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object: fetch it again")
-    return content
+    with suppress(ValueError, RecursionError):
+        if isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
+            return content
+    raise ValueError(f"{path} does not hold a JSON object: fetch it again")
 
 
 def read_config(folder: Path) -> T5Config:
@@ -366,48 +332,37 @@ def read_config(folder: Path) -> T5Config:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Find a checkpoint's weight files: .safetensors if that package is there, else .bin; one file or shards."""
-    found = []
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    """Find a checkpoint's weight files, or shards: .safetensors before .bin if that package is there."""
+    for name in ("model.safetensors", "pytorch_model.bin")[:: 1 if importlib.util.find_spec("safetensors") else -1]:
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
-            found.append([folder / name])
-        elif index.exists():
+            return [folder / name]
+        if index.exists():
             shards = read_json(index).get("weight_map")
             names = shards.values() if isinstance(shards, dict) else [None]
             if not all(isinstance(name, str) and re.fullmatch(r"[\w-]+\.(bin|safetensors)", name) for name in names):
                 raise ValueError(f"{index} does not list weight files of its own folder: fetch the checkpoint again")
-            found.append([folder / name for name in sorted(set(names))])
-    if not found:
-        raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin: not a checkpoint")
-    return found[0] if importlib.util.find_spec("safetensors") else found[-1]
+            return [folder / name for name in sorted(set(names))]
+    raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin: not a checkpoint")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read one weight file without running any code in it. Raises FileNotFoundError or ValueError, naming it."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: fetch the checkpoint again")
+    """Read one weight file without running any code in it. Raises ValueError, naming it."""
     try:
         if path.suffix == ".safetensors":
-            tensors = importlib.import_module("safetensors.torch").load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise TypeError("it holds other things than tensors")
-    except ModuleNotFoundError:
-        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
+            return importlib.import_module("safetensors.torch").load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.detach() for name, tensor in tensors.items()}
     except Exception as error:  # each kind of damage has its own exception type, from four libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise ValueError(f"{path} is truncated, damaged or not a checkpoint ({reason}): fetch it again") from None
-    return tensors
+        raise ValueError(f"{path} is missing, damaged or not a checkpoint: fetch it again ({reason})") from None
 
 
 def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
     """Build a T5 from a folder in the public layout: config.json and the weights, stored in fp32, bf16 or fp16.
 
-    Every tensor must be used exactly once, with the shape that config.json implies. The model comes without dropout.
-    Raises FileNotFoundError, or ValueError for a damaged or foreign file, another architecture, a missing, unexpected or
-    misshapen tensor, or dtype fp16: each in one sentence that names the culprit.
+    Every tensor must be used once, with the shape that config.json implies. The model comes in evaluation mode. Raises
+    FileNotFoundError or ValueError, for damaged files, other architectures or tensors, fp16: in one sentence each.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{dtype} is not supported: T5 overflows in fp16, use torch.float32 or torch.bfloat16")
@@ -418,18 +373,16 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
     state = {}
     for path in weight_files(folder):
         for name, tensor in read_tensors(path).items():
-            if name == UNUSED_NAME:
-                continue
             public = EMBEDDING_NAMES[0] if name in EMBEDDING_NAMES else name  # one embedding under up to three names
             ours, shape = wanted.get(public, (None, None))
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            if ours is None:
-                raise ValueError(f"{path} holds an unexpected tensor {name}: this is not a Flan-T5 checkpoint")
+            if name == UNUSED_NAME:
+                continue
+            if tensor.shape != shape or not tensor.is_floating_point():
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"{path} holds {name} as {found}; config.json implies {shape and list(shape)}")
+            tensor = tensor.to(dtype)
             if ours in state and not torch.equal(state[ours], tensor):
                 raise ValueError(f"{path} holds {name} twice, or differing embeddings ({', '.join(EMBEDDING_NAMES)})")
-            if tensor.shape != shape or tensor.dtype != dtype:
-                found = f"{tensor.dtype} {list(tensor.shape)}"
-                raise ValueError(f"{path} holds {name} as {found}; config.json implies {list(shape)}, floating point")
             state[ours] = tensor
     missing = [public for public, (ours, _) in wanted.items() if ours not in state]
     if missing:

@@ -141,7 +141,6 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, l
 
 class RunFolder:
     """The files of a run. Each is written beside its place and renamed into it: what has its name is complete."""
-
     def __init__(self, path: Path, config: Config, base: Path):
         """Start or continue a run. Raises ValueError if the folder holds a run with other numbers."""
         self.path, self.config, self.base = path, config, base

@@ -7,7 +7,7 @@ Left out: tensors (model, decode, sft, dpo) and files (run.py keeps what each st
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     return len(a & b) / len(a | b) if a or b else 1.0
 
 
-def deduplicate(rationales: Sequence[str], tokenizer: Tokenizer, max_similarity: float = MAX_SIMILARITY) -> list[str]:
+def deduplicate(rationales: Iterable[str], tokenizer: Tokenizer, max_similarity: float = MAX_SIMILARITY) -> list[str]:
     """Keep a rationale only if it is at most max_similarity alike to every one kept before it."""
     kept: list[tuple[str, frozenset[str]]] = []
     for rationale in rationales:
@@ -68,23 +68,19 @@ def deduplicate(rationales: Sequence[str], tokenizer: Tokenizer, max_similarity:
     return [rationale for rationale, _ in kept]
 
 
-def gold_first(problem: Problem, rationales: list[str]) -> list[str]:
-    return [problem.rationale, *rationales] if problem.rationale else rationales
-
-
 def make_pairs(
     problems: Sequence[Problem], samples: Sequence[Sequence[str]], tokenizer: Tokenizer,
     max_similarity: float = MAX_SIMILARITY, n_pairs: int = N_PAIRS,
 ) -> list[PreferencePair]:  # fmt: skip
     """Pair correct with incorrect rationales; samples[i] are all rationales drawn so far for problems[i].
 
-    Of each question's pairs the n_pairs least similar are kept, because they teach the most about what separates right
-    from wrong. Source: section 4.2; thresholds from the authors' code, make_dpo_data.py.
+    Of each question's pairs the n_pairs least similar are kept: they teach the most about what separates right from
+    wrong. Source: section 4.2; thresholds from the authors' code, make_dpo_data.py.
     """
     pairs = []
     for problem, rationales in zip(problems, samples, strict=True):
         correct, incorrect = split_samples(rationales, problem.answer)
-        winning = deduplicate(gold_first(problem, correct), tokenizer, max_similarity)
+        winning = deduplicate(filter(None, [problem.rationale, *correct]), tokenizer, max_similarity)  # gold first
         losing = deduplicate(incorrect, tokenizer, max_similarity)
         pieces = {rationale: tokenizer.piece_set(rationale) for rationale in winning + losing}
         both = [(chosen, rejected) for chosen in winning for rejected in losing]
@@ -102,10 +98,9 @@ def make_pseudo_labels(
     The number kept per question is capped at a percentile of that number over the questions that have any.
     Source: section 3.1; thresholds from the authors' code, make_rft_data.py.
     """
-    kept = [
-        deduplicate(gold_first(problem, split_samples(rationales, problem.answer)[0]), tokenizer, max_similarity)
-        for problem, rationales in zip(problems, samples, strict=True)
-    ]
+    correct = [split_samples(rationales, p.answer)[0] for p, rationales in zip(problems, samples, strict=True)]
+    labels = [filter(None, [p.rationale, *rationales]) for p, rationales in zip(problems, correct)]
+    kept = [deduplicate(rationales, tokenizer, max_similarity) for rationales in labels]
     counts = [len(rationales) for rationales in kept if rationales]
     most = int(np.percentile(counts, percentile)) if counts else 0
     return [replace(p, rationale=rationale) for p, rationales in zip(problems, kept) for rationale in rationales[:most]]
@@ -148,7 +143,6 @@ class Stages:
     keep_rows(name, make) and keep_model(name, make) return what is stored under a name, and call make only when nothing
     is; log(record) writes one line.
     """
-
     def __init__(self, base: Path, tokenizer: Tokenizer, config, keep_rows: Callable, keep_model: Callable, log: Callable):
         self.base, self.tokenizer, self.config = base, tokenizer, config
         self.keep_rows, self.keep_model, self.log = keep_rows, keep_model, log
@@ -241,7 +235,7 @@ if __name__ == "__main__":
         "Tom has 3 * 4 = [ 3 * 4 = 12] 12 pens. Now 12 - 2 = [ 12 - 2 = 10] 10 are left. #### 10",
         "Tom has 3 + 4 = [ 3 + 4 = 7] 7 pens. He has 7 - 2 = [ 7 - 2 = 5] 5 left. #### 5",
     ]
-    verdicts = [f"{'correct' if is_correct(text, problem.answer) else 'incorrect'}: {text}" for text in samples]
+    verdicts = [f"{'in' * (not is_correct(text, problem.answer))}correct: {text}" for text in samples]
     pairs = [f"chosen: {p.chosen}\n  rejected: {p.rejected}" for p in make_pairs([problem], [samples], tokenizer)]
     labels = [label.rationale for label in make_pseudo_labels([problem], [samples], tokenizer)]
     for title, lines in ((problem.question, verdicts), ("Preference pairs:", pairs), ("Pseudo-labels:", labels)):

@@ -73,10 +73,7 @@ def token_logps(model: T5, states: Tensor, attention_mask: Tensor, labels: Tenso
 
 
 def sft_loss(model: T5, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Negative log-likelihood of the rationales, summed over their tokens (`train` divides by their number).
-
-    Source: paper, section 2, eq. 2.
-    """
+    """Eq. 2: negative log-likelihood of the rationales, summed over their tokens (`train` divides by their number)."""
     input_ids, attention_mask, labels = collate(examples, model.device)
     return {"loss": -token_logps(model, model.encode(input_ids, attention_mask), attention_mask, labels).sum()}
 
@@ -160,10 +157,7 @@ def train(
     return model.eval()
 
 
-def train_sft(
-    model: T5, examples: Sequence[Example], n_epochs: int, schedule: Schedule, name: str = "SFT",
-    log: Callable[[dict], None] = print_log,
-) -> T5:  # fmt: skip
+def train_sft(model: T5, examples: Sequence[Example], n_epochs: int, schedule: Schedule, name="SFT", log=print_log) -> T5:
     """Fine-tune in place for n_epochs passes over the examples; the loss is a mean over rationale tokens."""
     n_steps = n_epochs * math.ceil(len(examples) / schedule.batch_size)
     return train(model, examples, n_steps, sft_loss, lambda example: len(example.labels), schedule, name, log=log)

@@ -18,8 +18,7 @@ MAX_QUESTION, MAX_RATIONALE = 200, 300  # authors' code: longer texts are cut (t
 
 
 class Tokenizer:
-    """T5's tokenizer: the pieces of spiece.model, then <extra_id_99> ... <extra_id_0>."""
-
+    """T5's tokenizer: the pieces of spiece.model, then <extra_id_99> ... <extra_id_0>, which count down to the end."""
     def __init__(self, path: str | Path):
         """path: a spiece.model, or the checkpoint folder that holds one. Raises FileNotFoundError or ValueError."""
         path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
@@ -40,7 +39,7 @@ class Tokenizer:
         ids = self.pieces.encode(first)
         for n, part in zip(rest[::2], rest[1::2]):
             space = self.pieces.piece_to_id("▁") if first[-1:].isspace() else None  # the public tokenizer keeps it
-            ids += [i for i in (space, self.sentinel(int(n)), *self.pieces.encode(part)) if i is not None]
+            ids += [i for i in (space, self.vocab_size - 1 - int(n), *self.pieces.encode(part)) if i is not None]
             first = part
         return ids[: max_length - 1 if max_length else None] + [EOS_ID]
 
@@ -55,10 +54,6 @@ class Tokenizer:
             if self.n_pieces <= i < self.vocab_size:
                 text += f"<extra_id_{self.vocab_size - 1 - i}>"
         return text
-
-    def sentinel(self, n: int) -> int:
-        """The id of <extra_id_n>, n in 0..99: they count down from the end of the vocabulary."""
-        return self.vocab_size - 1 - n
 
     def piece(self, i: int) -> str:
         """The text of one id as it appears inside a sentence (a leading space where the piece has one), or ''."""

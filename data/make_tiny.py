@@ -61,7 +61,7 @@ def make_example(tokenizer: Tokenizer, one_step: list, many_steps: list, rng: ra
     if dice < 0.5:
         problem = rng.choice(one_step)
         return Example(tokenizer.encode(problem.question), tokenizer.encode(format_rationale(problem.rationale)))
-    problem, first = rng.choice(many_steps), tokenizer.sentinel(0)
+    problem, first = rng.choice(many_steps), tokenizer.vocab_size - 1
     *ids, eos = tokenizer.encode(problem.question if dice < 0.6 else format_rationale(problem.rationale))
     if dice > 0.85:  # a rationale's whole rest behind one sentinel
         cut = rng.randrange(len(ids))

@@ -1,77 +1,435 @@
-"""Greedy decoding against transformers' `generate` on the same questions, weights, batch size and threads.
+"""Decoding speed against transformers' `generate` and CTranslate2: same questions, weights, threads; turns taken.
 
-    python -m tests.bench.decode [--checkpoint DIR] [--questions FILE] [--batch 32] [--n 64] [--tokens 300] [--repeats 3]
+    python -m tests.bench.decode [--quick] [--cases 1 2 ...] [--vocabulary DIR] [--questions FILE] [--checkpoint DIR]
 
-Without a checkpoint: the small shape with random weights, every rationale exactly --tokens long. With one: its own
-rationales, of all lengths, the calculator off on both sides; the ids must then be the same, and the share is printed.
+Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model, GSM8K's test.jsonl,
+and for case 8 a checkpoint that writes rationales. Weights are random otherwise, for speed does not depend on them.
+Figures are medians; in brackets the smallest and largest ratio of two neighbouring runs. A peer that is not installed
+is left out, and said so.
 """
 
 import argparse
 import os
+import platform
+import re
+import resource
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from data.problems import load_problems
+from calculator import calculate
+from data.problems import Problem, load_problems
 from data.synthetic import make_problems
-from decode import generate
-from model import SIZES, T5, load_flan_t5, save_flan_t5
-from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
+from decode import KVCache, RowState, generate
+from model import SIZES, T5, Linear, decoding, load_flan_t5, save_flan_t5
+from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, format_rationale, pad_batch
+
+try:
+    import transformers
+except ModuleNotFoundError:
+    transformers = None
+try:
+    import ctranslate2
+except ModuleNotFoundError:
+    ctranslate2 = None
+
+TINY = Path(__file__).parents[2] / "data" / "tiny"
+
+
+# ------------------------------------------------------------------------------------------------------------ the peer
+
+
+class ReReadingCalculator:
+    """The calculator as the paper describes it for `generate`: at every step the text of every row is read again."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.queues, self.seconds = tokenizer, {}, 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        began = time.perf_counter()
+        for row, ids in enumerate(input_ids[:, 1:].tolist()):
+            if not self.queues.get(row):
+                text = "".join(map(self.tokenizer.piece, ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids))
+                found = re.search(r"\[([^\[\]=]*)=$", text)
+                result = calculate(found[1]) if found and EOS_ID not in ids else None
+                self.queues[row] = self.tokenizer.encode(f"{result}]")[:-1] if result is not None else []
+            if self.queues[row]:
+                forced = self.queues[row].pop(0)
+                scores[row] = -torch.inf
+                scores[row, forced] = 0
+        self.seconds += time.perf_counter() - began
+        return scores
+
+
+class Script:
+    """Give all the score to the next id of a script, one per row: every system then writes the same text."""
+
+    def __init__(self, scripts: list[list[int]]):
+        self.scripts = scripts
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        at = input_ids.shape[1] - 1
+        ids = [script[at] if at < len(script) else EOS_ID for script in self.scripts]
+        return torch.full_like(scores, -torch.inf).scatter_(1, torch.tensor(ids)[:, None], 0.0)
+
+
+def peer_generate(peer, tokenizer: Tokenizer, questions: list[str], batch: int, processors=None, **options) -> list[list[int]]:
+    """transformers' generate, batch by batch; processors(at) gives the logits processors for questions[at:]."""
+    rows = []
+    for at in range(0, len(questions), batch):
+        ids, mask = pad_batch([tokenizer.encode(question, MAX_QUESTION) for question in questions[at : at + batch]])
+        chosen = transformers.LogitsProcessorList(processors(at) if processors else [])
+        out = peer.generate(input_ids=ids, attention_mask=mask, num_beams=1, logits_processor=chosen, **options)
+        rows += [row[1 : row.index(EOS_ID) if EOS_ID in row else None] for row in out.tolist()]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- the measuring
+
+
+def take_turns(systems: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+    """Run each system once, then again in the same order, repeats times: seconds by system."""
+    seconds = {name: [] for name in systems}
+    for _ in range(repeats):
+        for name, run in systems.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def show(label: str, tokens: int, seconds: dict[str, list[float]], floor: float | None = None) -> None:
+    """Print one row of the table."""
+    ours, *peers = seconds
+    cells = [f"{tokens / statistics.median(seconds[ours]):,.0f}"]
+    for peer in peers:
+        ratios = [theirs / own for own, theirs in zip(seconds[ours], seconds[peer])]
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) {peer}")
+    if floor:
+        cells.append(f"{100 * floor / statistics.median(seconds[ours]):.0f} % of the floor's speed")
+    print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+def ceilings() -> tuple[float, float]:
+    """This machine's numbers: floating-point operations and bytes read per second, fp32, with the threads at hand."""
+    x, weight, memory = torch.randn(2048, 1024), Linear(1024, 1024), torch.randn(2**26)
+    with torch.inference_mode(), decoding(weight):
+        operations = statistics.median(take_turns({"": lambda: weight(x)}, 20)[""])
+        reading = statistics.median(take_turns({"": memory.sum}, 10)[""])
+    return 2 * x.numel() * 1024 / operations, memory.nbytes / reading
+
+
+class Floor:
+    """The least time for some generation: the larger of operations / ceiling and bytes / ceiling, step by step.
+
+    Counted are the products with the weights and with keys and values, and the reading of weights, keys and values
+    without padding. One slot's step at age t reads t + S positions of keys and values.
+    """
+
+    def __init__(self, model: T5):
+        c = model.config
+        self.flops, self.bandwidth = ceilings()
+        self.decoder = sum(p.numel() for part in (model.decoder, model.lm_head) for p in part.parameters())
+        self.encoder = sum(p.numel() for p in model.encoder.parameters()) + 2 * c.n_layers * c.d_model * c.n_heads * c.d_kv
+        self.position = 2 * c.n_layers * c.n_heads * c.d_kv  # numbers of keys and values per position
+
+    def seconds(self, sources: list[int], lengths: list[int], slots: int) -> float:
+        """sources, lengths: tokens of the question and of the rationale of each sequence; slots: sequences at a time."""
+        steps = max(max(lengths), sum(lengths) / slots)
+        positions = sum(length * (length / 2 + source) for source, length in zip(sources, lengths))
+        operations = 2 * (sum(lengths) * self.decoder + positions * self.position)
+        numbers = steps * self.decoder + positions * self.position
+        return 2 * sum(sources) * self.encoder / self.flops + max(operations / self.flops, 4 * numbers / self.bandwidth)
+
+
+def build(size: str, folder: Path) -> T5:
+    """A checkpoint with random weights that never chooses EOS: a logit of 0 is not the largest of thousands."""
+    torch.manual_seed(0)
+    model = T5(SIZES[size])
+    model.lm_head.weight.data[EOS_ID] = 0
+    save_flan_t5(model, folder)
+    return load_flan_t5(folder)
+
+
+def gold(problems: list[Problem], tokenizer: Tokenizer, n: int) -> tuple[list[str], list[list[int]]]:
+    """The first n problems whose gold annotations are all what the calculator prints, with their rationales' ids."""
+    questions, scripts = [], []
+    for problem in problems:
+        ids = tokenizer.encode(format_rationale(problem.rationale))
+        row = RowState(tokenizer, calculator=True)
+        for i in ids:
+            row.take(i)
+        if row.sample.ids == ids[:-1] and len(questions) < n:
+            questions.append(problem.question)
+            scripts.append(ids)
+    return questions, scripts
+
+
+def measure_memory(folder: Path, vocabulary: Path, questions: list[str], batch: int, tokens: int, out) -> None:
+    """In a process of its own: how much generate adds to the peak of resident memory, and what the formula says."""
+    torch.set_flush_denormal(True)
+    model, tokenizer = load_flan_t5(folder), Tokenizer(vocabulary)
+    options = dict(max_new_tokens=tokens, calculator=False, batch_size=batch)
+    generate(model, tokenizer, questions[:1], max_new_tokens=2)  # libraries and threads are up
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    generate(model, tokenizer, questions, **options)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    longest = max(len(tokenizer.encode(question, MAX_QUESTION)) for question in questions)
+    c, whole = model.config, -(-tokens // KVCache.BLOCK) * KVCache.BLOCK
+    slots = min(batch, len(questions)) * 4 * (2 * c.n_layers * c.n_heads * c.d_kv * (whole + longest) + c.vocab_size)
+    weights = sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, Linear))
+    out.send((grown, slots, weights))
+
+
+# --------------------------------------------------------------------------------------------------------- the cases
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--vocabulary", type=Path, default=Path(__file__).parents[2] / "data" / "tiny")
-    parser.add_argument("--questions", type=Path, help="JSONL; default: synthetic problems")
-    for name, default in (("batch", 32), ("n", 64), ("tokens", 300), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--quick", action="store_true", help="fewer tokens, questions and repeats: about three minutes")
+    parser.add_argument("--cases", type=int, nargs="*", default=list(range(1, 9)), help="1 to 8; default: all")
+    parser.add_argument("--vocabulary", type=Path, default=TINY, help="folder with spiece.model")
+    parser.add_argument("--questions", type=Path, help="JSONL of problems with rationales; default: synthetic ones")
+    parser.add_argument("--checkpoint", type=Path, help="for case 8: a checkpoint that writes rationales")
+    parser.add_argument("--repeats", type=int, help="default 5, or 2 with --quick")
+    parser.add_argument("--figure", type=Path, help="only draw speed over batch size into this file (matplotlib)")
     args = parser.parse_args()
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise SystemExit("the peer is missing: pip install -r requirements-test.txt") from None
     torch.set_flush_denormal(True)
-    folder = args.checkpoint
-    if folder is None:
-        torch.manual_seed(0)
-        folder, model = Path(tempfile.mkdtemp()), T5(SIZES["small"])
-        model.lm_head.weight.data[EOS_ID] = 0  # never the largest of 32,128 random logits: no rationale ends early
-        save_flan_t5(model, folder)
-    ours, tokenizer = load_flan_t5(folder), Tokenizer(args.checkpoint or args.vocabulary)
-    peer = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    problems = load_problems(args.questions) if args.questions else make_problems(args.n, seed=0)
-    questions = [problem.question for problem in problems[: args.n]]
+    quick, repeats = args.quick, args.repeats or (2 if args.quick else 5)
+    tokens = 48 if quick else 128
+    tokenizer = Tokenizer(args.vocabulary)
+    problems = load_problems(args.questions) if args.questions else make_problems(1400, seed=0)
+    questions = [problem.question for problem in problems]
+    versions = [f"{name} {module.__version__ if module else 'not installed: left out'}"
+                for name, module in (("transformers", transformers), ("ctranslate2", ctranslate2))]  # fmt: skip
+    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
+          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {', '.join(versions)}, fp32, {repeats} turns")  # fmt: skip
+    if transformers:
+        transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        small = build("small", Path(scratch) / "small")
+        hf = transformers and transformers.T5ForConditionalGeneration.from_pretrained(Path(scratch) / "small").eval()
+        bench = Bench(small, hf, tokenizer, repeats)
+        print(f"ceilings measured here: {bench.floor.flops / 1e9:.0f} GFLOP/s, {bench.floor.bandwidth / 1e9:.0f} GB/s\n")
+        print("| case | tokens/s | faster than |\n|---|---|---|")
+        if args.figure:
+            return bench.figure(*gold(problems, tokenizer, 64), args.figure)
+        for case in args.cases:
+            if case == 1:
+                folders = (Path(scratch) / "small", args.vocabulary) if ctranslate2 and hf else None
+                bench.forced("1  greedy, batch 32", questions[:32], 32, tokens, folders)
+                bench.forced("1  greedy, batch 1", questions[:2], 1, tokens)
+            elif case == 2:
+                bench.scripted(*gold(problems, tokenizer, 32 if quick else 64), 32)
+            elif case == 3:
+                bench.samples(questions[: 8 if quick else 32], 5, tokens)
+            elif case == 4:
+                bench.calculator_cost(*gold(problems, tokenizer, 64))
+            elif case == 5:
+                bench.waste(*gold(problems, tokenizer, 64), Path(scratch) / "small", args.vocabulary, tokens)
+            elif case == 6 and not quick:
+                base = build("base", Path(scratch) / "base")
+                peer = transformers and transformers.T5ForConditionalGeneration.from_pretrained(Path(scratch) / "base").eval()
+                Bench(base, peer, tokenizer, repeats).forced("6  base, greedy, batch 16", questions[:16], 16, tokens)
+            elif case == 8 and args.checkpoint:
+                model, tokenizer_8 = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
+                peer = transformers and transformers.T5ForConditionalGeneration.from_pretrained(args.checkpoint).eval()
+                Bench(model, peer, tokenizer_8, 1).everything(questions[: 64 if quick else None])
 
-    def run_ours() -> list[list[int]]:
-        samples = generate(ours, tokenizer, questions, max_new_tokens=args.tokens, calculator=False, batch_size=args.batch)
-        return [row[0].ids for row in samples]
 
-    def run_peer() -> list[list[int]]:
-        rows = []
-        for at in range(0, len(questions), args.batch):
-            ids, mask = pad_batch([tokenizer.encode(q, MAX_QUESTION) for q in questions[at : at + args.batch]])
-            out = peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=args.tokens, do_sample=False, num_beams=1)
-            rows += [row[1 : row.index(1) if 1 in row else None] for row in out.tolist()]
-        return rows
+class Bench:
+    """One model in our hands and in the peer's, and the cases that are measured on it."""
 
-    seconds, written = {run_ours: [], run_peer: []}, {}
-    for _ in range(args.repeats):
-        for side in seconds:
-            began = time.perf_counter()
-            written[side] = side()
-            seconds[side].append(time.perf_counter() - began)
-    ratios = [b / a for a, b in zip(seconds[run_ours], seconds[run_peer])]
-    tokens = {side: sum(map(len, rows)) for side, rows in written.items()}
-    same = sum(a == b for a, b in zip(written[run_ours], written[run_peer]))
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads of "
-          f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, fp32, batch {args.batch}, {len(questions)} questions")  # fmt: skip
-    for name, side in (("this project", run_ours), ("transformers", run_peer)):
-        print(f"{name}: {tokens[side] / statistics.median(seconds[side]):8,.0f} tokens/s, median of {args.repeats}")
-    print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); same ids {same} of {len(questions)}")
+    def __init__(self, model: T5, peer, tokenizer: Tokenizer, repeats: int):
+        self.model, self.peer, self.tokenizer, self.repeats = model, peer, tokenizer, repeats
+        self.floor = Floor(model)
+
+    def ours(self, questions: list[str], batch: int, **options) -> list[list]:
+        return generate(self.model, self.tokenizer, questions, batch_size=batch, **options)
+
+    def theirs(self, questions: list[str], batch: int, processors=None, **options) -> list[list[int]]:
+        return peer_generate(self.peer, self.tokenizer, questions, batch, processors, **options)
+
+    def sources(self, questions: list[str]) -> list[int]:
+        return [len(self.tokenizer.encode(question, MAX_QUESTION)) for question in questions]
+
+    def forced(self, label: str, questions: list[str], batch: int, tokens: int, ctranslate2_folders=None) -> None:
+        """Greedy, every rationale exactly `tokens` long, no calculator."""
+        systems = {"ours": lambda: self.ours(questions, batch, max_new_tokens=tokens, calculator=False)}
+        if self.peer:
+            systems["HF"] = lambda: self.theirs(questions, batch, max_new_tokens=tokens, do_sample=False)
+        if ctranslate2_folders:
+            context = get_context("spawn")
+            pipe, theirs = context.Pipe()
+            pieces = [[*self.tokenizer.pieces.encode(q, out_type=str)[: MAX_QUESTION - 1], "</s>"] for q in questions]
+            options = dict(beam_size=1, min_decoding_length=tokens, max_decoding_length=tokens, max_batch_size=batch)
+            arguments = (*ctranslate2_folders, pieces, options, torch.get_num_threads(), theirs)
+            context.Process(target=serve_ctranslate2, args=arguments, daemon=True).start()
+            systems["CT2"] = lambda: pipe.send(True) or pipe.recv()
+        for run in systems.values():
+            run()  # warm
+        floor = self.floor.seconds(self.sources(questions), [tokens] * len(questions), batch)
+        show(f"{label}, {tokens} tokens", tokens * len(questions), take_turns(systems, self.repeats), floor)
+        if ctranslate2_folders:
+            pipe.send(False)
+
+    def follow(self, scripts: list[list[int]], count: list[int] | None = None) -> Callable:
+        """Our counterpart of Script: the same scores, for whichever rows sit in the slots."""
+
+        def process(logits: torch.Tensor, rows: list) -> torch.Tensor:
+            ids = [EOS_ID] * len(rows)
+            for slot, row in enumerate(rows):
+                if row and len(row.sample.ids) < len(scripts[row.question]):
+                    ids[slot] = scripts[row.question][len(row.sample.ids)]
+            if count is not None:
+                count.append(len(rows))
+            return torch.full_like(logits, -torch.inf).scatter_(1, torch.tensor(ids)[:, None], 0.0)
+
+        return process
+
+    def scripted(self, questions: list[str], scripts: list[list[int]], batch: int) -> None:
+        """Real lengths with the calculator: every system writes the gold rationales."""
+        written = {}
+
+        def ours() -> None:
+            rows = self.ours(questions, batch, process=self.follow(scripts))
+            written["ours"] = [[*row[0].ids, EOS_ID] for row in rows]
+
+        def theirs() -> None:
+            rows = self.theirs(
+                questions, batch, lambda at: [Script(scripts[at : at + batch]), ReReadingCalculator(self.tokenizer)],
+                max_new_tokens=300, do_sample=False,
+            )  # fmt: skip
+            written["HF"] = [[*row, EOS_ID] for row in rows]
+
+        systems = {"ours": ours, **({"HF": theirs} if self.peer else {})}
+        seconds = take_turns(systems, self.repeats)
+        assert all(rows == scripts for rows in written.values()), "a system left the script"
+        lengths = [len(script) for script in scripts]
+        show(f"2  gold rationales, calculator, {len(questions)} questions, batch {batch}", sum(lengths), seconds,
+             self.floor.seconds(self.sources(questions), lengths, batch))  # fmt: skip
+
+    def samples(self, questions: list[str], n: int, tokens: int) -> None:
+        """K samples of every question at temperature 0.7, top-k 50."""
+        options = dict(max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=50)
+
+        def authors() -> None:
+            for _ in range(n):
+                self.theirs(questions, 32, lambda at: [ReReadingCalculator(self.tokenizer)], **options)
+
+        systems = {"ours": lambda: self.ours(questions, n * len(questions), n_samples=n, temperature=0.7, max_new_tokens=tokens)}
+        if self.peer:
+            systems["five passes of HF, calculator"] = authors
+            systems["HF num_return_sequences"] = lambda: self.theirs(questions, 32, num_return_sequences=n, **options)
+        floor = self.floor.seconds(self.sources(questions), [tokens] * len(questions) * n, n * len(questions))
+        show(f"3  {n} samples of {len(questions)} questions, {tokens} tokens", n * tokens * len(questions),
+             take_turns(systems, min(self.repeats, 3)), floor)  # fmt: skip
+
+    def calculator_cost(self, questions: list[str], scripts: list[list[int]]) -> None:
+        """Milliseconds per step of 32 rows that the calculator takes: measured alone, and as with against without."""
+        rows = [RowState(self.tokenizer, on) for on in (True, False) for _ in range(32)]
+        spent = {True: 0.0, False: 0.0}
+        for step in range(100):
+            for on in (True, False):
+                began = time.perf_counter()
+                for row, script in zip(rows[: 32] if on else rows[32:], scripts):
+                    row.take(script[step] if step < len(script) else EOS_ID + 5)
+                spent[on] += time.perf_counter() - began
+        print(f"| 4  calculator, 32 rows | {(spent[True] - spent[False]) * 10:.3f} ms a step |", end="")
+        if self.peer:
+            reader = ReReadingCalculator(self.tokenizer)
+            self.theirs(questions[:32], 32, lambda at: [Script(scripts[:32]), reader], max_new_tokens=100, do_sample=False)
+            print(f" re-reading the text: {reader.seconds * 10:.3f} ms a step |", end="")
+        systems = {on: lambda on=on: self.ours(questions[:32], 32, process=self.follow(scripts), calculator=on) for on in (True, False)}
+        seconds = take_turns(systems, 2 * self.repeats)
+        print(f" with/without {statistics.median(a / b for a, b in zip(*seconds.values())):.3f} |", flush=True)
+
+    def waste(self, questions: list[str], scripts: list[list[int]], folder: Path, vocabulary: Path, tokens: int) -> None:
+        """Steps against the least possible, and memory against its formula."""
+        for slots in (32, 16):
+            count = []
+            self.ours(questions, slots, process=self.follow(scripts, count))
+            total = sum(map(len, scripts))
+            print(f"| 5  steps, {slots} slots | {len(count)} | {len(count) / (total / slots):.2f} of sum of lengths / slots; "
+                  f"{sum(count) / total:.2f} row-steps per token |", flush=True)  # fmt: skip
+        context = get_context("spawn")
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=measure_memory, args=(folder, vocabulary, questions[:32], 32, tokens, send))
+        process.start()
+        grown, slots, weights = receive.recv()
+        process.join()
+        print(f"| 5  memory, 32 slots | {grown / 2**20:.0f} MiB | {grown / (slots + weights):.2f} of the formula "
+              f"({slots / 2**20:.0f} for slots, {weights / 2**20:.0f} for weights) |", flush=True)  # fmt: skip
+
+    def everything(self, questions: list[str]) -> None:
+        """Greedy, calculator on, at most 300 tokens, from text to text; the rows in which the texts differ."""
+        texts = {}
+
+        def ours() -> None:
+            texts["ours"] = [row[0].text for row in self.ours(questions, 32)]
+
+        def theirs() -> None:
+            rows = self.theirs(questions, 32, lambda at: [ReReadingCalculator(self.tokenizer)], max_new_tokens=300, do_sample=False)
+            texts["HF"] = [self.tokenizer.decode(row) for row in rows]
+
+        seconds = take_turns({"ours": ours, **({"HF": theirs} if self.peer else {})}, self.repeats)
+        tokens = sum(len(self.tokenizer.encode(text)) for text in texts["ours"])
+        show(f"8  {len(questions)} questions, text to text, batch 32", tokens, seconds)
+        if self.peer:
+            different = [i for i, (a, b) in enumerate(zip(texts["ours"], texts["HF"])) if a != b]
+            print(f"| 8  texts that differ | {len(different)} | {different} |")
+            for i in different:
+                start = len(os.path.commonprefix([texts["ours"][i], texts["HF"][i]]))
+                print(f"    {i}: ...{texts['ours'][i][max(start - 40, 0) : start + 40]!r}\n    HF: ...{texts['HF'][i][max(start - 40, 0) : start + 40]!r}")
+
+    def figure(self, questions: list[str], scripts: list[list[int]], path: Path) -> None:
+        """Speed over batch size on the gold rationales, with and without calculator (compare the paper's figure 4)."""
+        from matplotlib import pyplot
+
+        sizes, total, curves = [1, 2, 4, 8, 16, 32], sum(map(len, scripts)), {}
+        for batch in sizes:
+            n = min(64, 8 * batch)
+            some, total = questions[:n], sum(map(len, scripts[:n]))
+            for on in (True, False):
+                systems = {f"ours, {'with' if on else 'without'} calculator": lambda: self.ours(some, batch, calculator=on, process=self.follow(scripts))}
+                if self.peer:
+                    tools = [ReReadingCalculator] if on else []
+                    systems[f"transformers, {'with' if on else 'without'} calculator"] = lambda: self.theirs(
+                        some, batch, lambda at: [Script(scripts[at : at + batch]), *(tool(self.tokenizer) for tool in tools)],
+                        max_new_tokens=300, do_sample=False,
+                    )  # fmt: skip
+                for name, seconds in take_turns(systems, 2).items():
+                    curves.setdefault(name, []).append(total / statistics.median(seconds))
+                    print(f"| {name}, batch {batch} | {curves[name][-1]:,.0f} |", flush=True)
+        axes = pyplot.figure(figsize=(6.4, 4)).subplots()
+        for name, speeds in curves.items():
+            own, dashed = name.startswith("ours"), "without" in name
+            axes.plot(sizes, speeds, "o--" if dashed else "o-", color="#0072B2" if own else "#D55E00", label=name, mfc="white" if dashed else None)
+        axes.set(xscale="log", yscale="log", xlabel="batch size (rationales at a time)", ylabel="speed (tokens per second)", xticks=sizes, xticklabels=sizes)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+        axes.figure.savefig(path, bbox_inches="tight", dpi=160)
+
+
+def serve_ctranslate2(folder: Path, vocabulary: Path, pieces: list[list[str]], options: dict, threads: int, pipe) -> None:
+    """In a process of its own, so that its threads do not disturb ours: translate whenever asked."""
+    source = folder.parent / "for-ctranslate2"
+    shutil.copytree(folder, source)
+    shutil.copy(vocabulary / "spiece.model", source)
+    transformers.logging.set_verbosity_error()
+    transformers.T5Tokenizer(str(source / "spiece.model"), legacy=True).save_pretrained(source)
+    ctranslate2.converters.TransformersConverter(str(source)).convert(str(folder.parent / "ct2"), force=True)
+    translator = ctranslate2.Translator(
+        str(folder.parent / "ct2"), inter_threads=1, intra_threads=threads, compute_type="float32"
+    )
+    while pipe.recv():
+        pipe.send(sum(len(result.hypotheses[0]) for result in translator.translate_batch(pieces, **options)))
 
 
 if __name__ == "__main__":
