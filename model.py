@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PACK_FROM = 2**17  # numbers in a matrix
 START_ID = 0  # the decoder's first input: T5 starts from the padding id
 
 
@@ -103,8 +104,8 @@ def decoding(model: nn.Module) -> Iterator[None]:
     layers, was_training = [layer for layer in model.modules() if isinstance(layer, Linear)], model.training
     try:
         model.eval()
-        for layer in layers:
-            if usable and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
+        for layer in layers if usable else []:  # the operator's own overhead does not pay for a small matrix
+            if layer.weight.is_cpu and layer.weight.dtype == torch.float32 and layer.weight.numel() >= PACK_FROM:
                 layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
         yield
     finally:

@@ -12,7 +12,6 @@ import argparse
 import os
 import platform
 import re
-import resource
 import shutil
 import statistics
 import tempfile
@@ -171,15 +170,21 @@ def gold(problems: list[Problem], tokenizer: Tokenizer, n: int) -> tuple[list[st
     return questions, scripts
 
 
+def resident(field: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at the most (VmHWM)."""
+    return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def measure_memory(folder: Path, vocabulary: Path, questions: list[str], batch: int, tokens: int, out) -> None:
     """In a process of its own: how much generate adds to the peak of resident memory, and what the formula says."""
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(folder), Tokenizer(vocabulary)
     options = dict(max_new_tokens=tokens, calculator=False, batch_size=batch)
     generate(model, tokenizer, questions[:1], max_new_tokens=2)  # libraries and threads are up
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident now
+    before = resident("VmRSS")
     generate(model, tokenizer, questions, **options)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    grown = resident("VmHWM") - before
     longest = max(len(tokenizer.encode(question, MAX_QUESTION)) for question in questions)
     c, whole = model.config, -(-tokens // KVCache.BLOCK) * KVCache.BLOCK
     slots = min(batch, len(questions)) * 4 * (2 * c.n_layers * c.n_heads * c.d_kv * (whole + longest) + c.vocab_size)
