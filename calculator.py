@@ -50,8 +50,7 @@ def format_number(value: float) -> str:
 
 
 def evaluate(tokens: deque[str], depth: int, strength: int = 0) -> float:
-    """Take from the left of the tokens an expression whose operators all bind more strongly; return its value.
-    Raises ValueError for anything else, or a number that is too large."""
+    """Take from the left an expression whose operators all bind more strongly; return its value, or raise ValueError."""
     value = read_factor(tokens, depth)
     while tokens and OPERATORS.get(tokens[0], (0,))[0] > strength:
         stronger, apply = OPERATORS[tokens.popleft()]

@@ -29,7 +29,6 @@ from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 
 MAX_NEW_TOKENS = 300  # section 4.2
 GROUP = 8  # questions encoded at a time
-MEMINFO = Path("/proc/meminfo")
 TOP_K = 50  # DIFFERS: visible here; the authors inherit it from their framework without saying so
 
 
@@ -115,14 +114,14 @@ class KVCache:
         place, longest = n_slots * c.n_heads * c.d_kv, -(-max_new_tokens // self.BLOCK) * self.BLOCK
         wanted, free = 2 * c.n_layers * place * (longest + source_length) * like.itemsize, free_memory(like.device)
         if wanted > free:
-            raise ValueError(f"{n_slots} rationales at a time need {wanted / 1e9:.1f} GB for keys and values; {free / 1e9:.1f}"
-                             f" GB are free: use a batch size of {int(0.8 * free / wanted * n_slots)} or less")  # fmt: skip
+            advice = f"use a batch size of at most {most}" if (most := int(0.8 * free / wanted * n_slots)) else "none fits"
+            sizes = f"need {wanted / 2**20:,.0f} MiB for keys and values, {free / 2**20:,.0f} are free"
+            raise ValueError(f"{n_slots} rationales at a time {sizes}: {advice}")
         shape = (n_slots, c.n_heads, -1, c.d_kv)  # of one layer's keys, or values
         self.memory = like.new_empty(c.n_layers, 2, place * longest)  # the system hands it out as the ring grows into it
         self.ring = [[part[: place * self.BLOCK].view(shape).zero_() for part in layer] for layer in self.memory]
         self.cross = [[like.new_zeros(n_slots, c.n_heads, source_length, c.d_kv) for _ in layer] for layer in self.memory]
-        self.births = torch.zeros(n_slots, dtype=torch.long, device=like.device)  # when each slot's sequence began
-        self.source_lengths = torch.zeros_like(self.births)
+        self.births, self.source_lengths = like.new_zeros(2, n_slots, dtype=torch.long)  # when each sequence began, ...
         self.clock, self.size, self.width = 0, self.BLOCK, source_length  # step t is written to place t % size
         self.positions = torch.arange(max(longest, source_length), device=like.device)
         self.bias = model.decoder.position_bias(-self.positions[None])  # (1, H, 1, ages)
@@ -137,20 +136,23 @@ class KVCache:
 
     def fit(self, oldest: int, width: int) -> None:
         """Make room for the next step: `oldest` is the age of the oldest sequence, `width` the length of the longest
-        question from now on. Nothing more is kept: attention reads one dense block twice as fast as a window in it."""
+        question from now on. Little more is kept: attention reads one dense block twice as fast as a window in it."""
         needed = (oldest // self.BLOCK + 1) * self.BLOCK
         if needed > self.size or needed < self.size - self.BLOCK:
             places = torch.arange(self.clock - oldest, self.clock, device=self.births.device) % self.size
             self.relocate(lambda ring: ring.index_select(2, places), needed)
             self.births, self.clock, self.size = self.births - (self.clock - oldest), oldest, needed
         if width < 0.8 * self.width:
-            self.width, self.cross = width, [[part[:, :, :width].contiguous() for part in layer] for layer in self.cross]
+            self.width = width
+            for layer in self.cross:
+                layer[:] = [part[:, :, :width].contiguous() for part in layer]
 
     def keep(self, slots: list[int]) -> None:
         """Drop all other slots, so that the last few sequences do not drag an empty batch along."""
         self.births, self.source_lengths = self.births[slots], self.source_lengths[slots]
         self.relocate(lambda ring: ring[slots], self.size)
-        self.cross = [[cross[slots] for cross in layer] for layer in self.cross]
+        for layer in self.cross:
+            layer[:] = [part[slots] for part in layer]
 
     def relocate(self, select: Callable[[Tensor], Tensor], size: int) -> None:
         """Lay what `select` takes of each ring out as the beginning of a ring of another size, in the same memory."""
@@ -177,10 +179,11 @@ class KVCache:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be taken; infinite where the system does not tell."""
+    """Bytes that can still be taken, what torch holds in reserve included; infinite where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = re.search(r"MemAvailable: *(\d+)", MEMINFO.read_text()) if MEMINFO.exists() else None  # Linux
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")  # Linux
+    found = re.search(r"MemAvailable: *(\d+)", meminfo.read_text()) if meminfo.exists() else None
     return 1024 * int(found[1]) if found else math.inf
 
 
@@ -195,9 +198,9 @@ def generate(
     A sampled rationale depends on weights, question, seed and sample number alone. batch_size: rationales written at a
     time. progress: title of a bar on stderr. process(logits, rows) -> logits (B, V) may change the scores before an id is
     chosen; rows: B times a RowState or None. on_finish(i, k, sample) is called as each rationale ends: what it keeps,
-    Ctrl-C does not lose.
+    Ctrl-C does not lose. Source: section 3.2 and figure 4; the scheduling is ours.
 
-    Memory: that of the KVCache, 4 * V bytes of logits per slot, and on a CPU the matrices once more. Source: section 3.2 and figure 4; the scheduling is ours.
+    Memory: the KVCache, keys and values of GROUP questions, 4 * V bytes of logits per slot, on a CPU the packed matrices.
     """
     source_ids = [tokenizer.encode(question, MAX_QUESTION) for question in questions]
     results = [[Sample() for _ in range(n_samples)] for _ in questions]
@@ -222,7 +225,7 @@ def generate(
                 if row is None and waiting:
                     i, k = waiting.popleft()
                     if i not in group:  # then it is the first of the next one
-                        group = next(groups)
+                        group, encoded = next(groups), []
                         input_ids, mask = (t.to(model.device) for t in pad_batch([source_ids[j] for j in group]))
                         encoded = model.cross_keys_values(model.encode(input_ids, mask))
                     cache.admit(slot, encoded, group.index(i), len(source_ids[i]))

@@ -135,8 +135,8 @@ class Attention(nn.Module):
         if queries.shape[2] == 1 and x.device.type == "cpu" and not self.training:  # the plain formula, twice as fast here
             mixed = (queries @ keys.transpose(2, 3) + bias).softmax(-1) @ values
         else:  # scale=1: T5 has no 1/sqrt(K) here, its initialisation of q carries that factor instead
-            dropout = self.dropout if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(queries, keys, values, bias.to(queries.dtype), dropout, scale=1.0)
+            bias, dropout = bias.to(queries.dtype), self.dropout * self.training
+            mixed = F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=1.0)
         return self.o(mixed.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -354,6 +354,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return importlib.import_module("safetensors.torch").load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.detach() for name, tensor in tensors.items()}
+    except ModuleNotFoundError:
+        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
     except Exception as error:  # each kind of damage has its own exception type, from four libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise ValueError(f"{path} is missing, damaged or not a checkpoint: fetch it again ({reason})") from None
@@ -367,20 +369,18 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{dtype} is not supported: T5 overflows in fp16, use torch.float32 or torch.bfloat16")
-    folder = Path(folder)
     with torch.device("meta"):  # no memory and no random start for weights that are replaced at once
-        model = T5(read_config(folder))
+        model = T5(read_config(Path(folder)))
     wanted = {checkpoint_name(name): (name, parameter.shape) for name, parameter in model.state_dict().items()}
     state = {}
-    for path in weight_files(folder):
+    for path in weight_files(Path(folder)):
         for name, tensor in read_tensors(path).items():
             public = EMBEDDING_NAMES[0] if name in EMBEDDING_NAMES else name  # one embedding under up to three names
             ours, shape = wanted.get(public, (None, None))
             if name == UNUSED_NAME:
                 continue
             if tensor.shape != shape or not tensor.is_floating_point():
-                found = f"{tensor.dtype} {list(tensor.shape)}"
-                raise ValueError(f"{path} holds {name} as {found}; config.json implies {shape and list(shape)}")
+                raise ValueError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, not {shape and list(shape)}")
             tensor = tensor.to(dtype)
             if ours in state and not torch.equal(state[ours], tensor):
                 raise ValueError(f"{path} holds {name} twice, or differing embeddings ({', '.join(EMBEDDING_NAMES)})")

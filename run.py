@@ -146,7 +146,7 @@ class RunFolder:
         self.path, self.config, self.base = path, config, base
         stored, wanted = path / "config.json", asdict(config)
         before = read_json(stored) if stored.exists() else wanted
-        may_change = ("rounds", "method", "device")  # more rounds, or the other method, go on from what is there
+        may_change = ("rounds", "method", "device", "decode_batch_size", "micro_batch_tokens")  # more of it, or memory
         changed = [f"{flag(k)} {before.get(k)}" for k in wanted if k not in may_change and before.get(k) != wanted[k]]
         if changed:
             raise ValueError(f"{path} holds a run with {', '.join(changed)}: repeat that, or choose another --out")

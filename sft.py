@@ -111,7 +111,6 @@ def autocast(model: T5) -> torch.autocast:
 
 
 def print_log(record: dict) -> None:
-    """The default log: one line per record."""
     tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
 
 

@@ -89,8 +89,7 @@ def format_rationale(text: str) -> str:
     # A match uses up both neighbours, so 2+3+4 becomes 2 + 3+4: kept, because the authors' training text has it so.
     for sign in "+-*/=":
         text = re.sub(rf"(\S)\{sign}(\S)", rf"\1 {sign} \2", text)
-    lines = text.split("\n")
-    return " ".join(line if line.startswith("##") or line.endswith(".") else line + "." for line in lines)
+    return " ".join(line if line.startswith("##") or line.endswith(".") else line + "." for line in text.split("\n"))
 
 
 if __name__ == "__main__":

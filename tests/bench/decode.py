@@ -38,6 +38,7 @@ try:
 except ModuleNotFoundError:
     ctranslate2 = None
 
+PEERS = ("transformers", "CTranslate2")
 TINY = Path(__file__).parents[2] / "data" / "tiny"
 
 
@@ -48,7 +49,7 @@ class ReReadingCalculator:
     """The calculator as the paper describes it for `generate`: at every step the text of every row is read again."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.queues, self.seconds = tokenizer, {}, 0.0
+        self.tokenizer, self.queues, self.seconds, self.steps = tokenizer, {}, 0.0, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         began = time.perf_counter()
@@ -63,6 +64,7 @@ class ReReadingCalculator:
                 scores[row] = -torch.inf
                 scores[row, forced] = 0
         self.seconds += time.perf_counter() - began
+        self.steps += 1
         return scores
 
 
@@ -104,15 +106,13 @@ def take_turns(systems: dict[str, Callable], repeats: int) -> dict[str, list[flo
 
 
 def show(label: str, tokens: int, seconds: dict[str, list[float]], floor: float | None = None) -> None:
-    """Print one row of the table."""
-    ours, *peers = seconds
-    cells = [f"{tokens / statistics.median(seconds[ours]):,.0f}"]
-    for peer in peers:
-        ratios = [theirs / own for own, theirs in zip(seconds[ours], seconds[peer])]
-        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) {peer}")
-    if floor:
-        cells.append(f"{100 * floor / statistics.median(seconds[ours]):.0f} % of the floor's speed")
-    print(f"| {label} | {' | '.join(cells)} |", flush=True)
+    """Print one row of the table: our speed, how many times faster that is than each peer, and the floor's share."""
+    cells = [label, f"{tokens / statistics.median(seconds['ours']):,.0f}"]
+    for peer in PEERS:
+        ratios = [theirs / own for own, theirs in zip(seconds["ours"], seconds.get(peer, []))]
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+    cells.append(f"{100 * floor / statistics.median(seconds['ours']):.0f} %" if floor else "")
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def ceilings() -> tuple[float, float]:
@@ -134,14 +134,15 @@ class Floor:
     def __init__(self, model: T5):
         c = model.config
         self.flops, self.bandwidth = ceilings()
-        self.decoder = sum(p.numel() for part in (model.decoder, model.lm_head) for p in part.parameters())
-        self.encoder = sum(p.numel() for p in model.encoder.parameters()) + 2 * c.n_layers * c.d_model * c.n_heads * c.d_kv
+        cross = 2 * c.n_layers * c.d_model * c.n_heads * c.d_kv  # the matrices of its keys and values: once per question
+        self.decoder = sum(p.numel() for part in (model.decoder, model.lm_head) for p in part.parameters()) - cross
+        self.encoder = sum(p.numel() for p in model.encoder.parameters()) + cross
         self.position = 2 * c.n_layers * c.n_heads * c.d_kv  # numbers of keys and values per position
 
-    def seconds(self, sources: list[int], lengths: list[int], slots: int) -> float:
-        """sources, lengths: tokens of the question and of the rationale of each sequence; slots: sequences at a time."""
+    def seconds(self, sources: list[int], lengths: list[int], slots: int, n_samples: int = 1) -> float:
+        """sources: tokens of each question; lengths: of each rationale, n_samples for each question; slots: at a time."""
         steps = max(max(lengths), sum(lengths) / slots)
-        positions = sum(length * (length / 2 + source) for source, length in zip(sources, lengths))
+        positions = sum(length * (length / 2 + source) for source, length in zip(sources * n_samples, lengths, strict=True))
         operations = 2 * (sum(lengths) * self.decoder + positions * self.position)
         numbers = steps * self.decoder + positions * self.position
         return 2 * sum(sources) * self.encoder / self.flops + max(operations / self.flops, 4 * numbers / self.bandwidth)
@@ -198,7 +199,7 @@ def measure_memory(folder: Path, vocabulary: Path, questions: list[str], batch: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer tokens, questions and repeats: about three minutes")
-    parser.add_argument("--cases", type=int, nargs="*", default=list(range(1, 9)), help="1 to 8; default: all")
+    parser.add_argument("--cases", type=int, nargs="*", default=[1, 2, 3, 4, 5, 6, 8], help="default: all, 1 to 6 and 8")
     parser.add_argument("--vocabulary", type=Path, default=TINY, help="folder with spiece.model")
     parser.add_argument("--questions", type=Path, help="JSONL of problems with rationales; default: synthetic ones")
     parser.add_argument("--checkpoint", type=Path, help="for case 8: a checkpoint that writes rationales")
@@ -222,7 +223,8 @@ def main() -> None:
         hf = transformers and transformers.T5ForConditionalGeneration.from_pretrained(Path(scratch) / "small").eval()
         bench = Bench(small, hf, tokenizer, repeats)
         print(f"ceilings measured here: {bench.floor.flops / 1e9:.0f} GFLOP/s, {bench.floor.bandwidth / 1e9:.0f} GB/s\n")
-        print("| case | tokens/s | faster than |\n|---|---|---|")
+        print(f"| case | tokens/s | {' | '.join(f'times as fast as {peer}' for peer in PEERS)} | share of the floor |")
+        print("|---|---|---|---|---|")
         if args.figure:
             return bench.figure(*gold(problems, tokenizer, 64), args.figure)
         for case in args.cases:
@@ -246,6 +248,9 @@ def main() -> None:
                 model, tokenizer_8 = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
                 peer = transformers and transformers.T5ForConditionalGeneration.from_pretrained(args.checkpoint).eval()
                 Bench(model, peer, tokenizer_8, 1).everything(questions[: 64 if quick else None])
+            else:
+                bench.notes.append(f"{case}  left out: it needs {'--checkpoint' if case == 8 else 'more time than --quick has'}")
+        print(*bench.notes, sep="\n")
 
 
 class Bench:
@@ -254,6 +259,7 @@ class Bench:
     def __init__(self, model: T5, peer, tokenizer: Tokenizer, repeats: int):
         self.model, self.peer, self.tokenizer, self.repeats = model, peer, tokenizer, repeats
         self.floor = Floor(model)
+        self.notes: list[str] = []  # what does not fit into the table
 
     def ours(self, questions: list[str], batch: int, **options) -> list[list]:
         return generate(self.model, self.tokenizer, questions, batch_size=batch, **options)
@@ -268,7 +274,7 @@ class Bench:
         """Greedy, every rationale exactly `tokens` long, no calculator."""
         systems = {"ours": lambda: self.ours(questions, batch, max_new_tokens=tokens, calculator=False)}
         if self.peer:
-            systems["HF"] = lambda: self.theirs(questions, batch, max_new_tokens=tokens, do_sample=False)
+            systems["transformers"] = lambda: self.theirs(questions, batch, max_new_tokens=tokens, do_sample=False)
         if ctranslate2_folders:
             context = get_context("spawn")
             pipe, theirs = context.Pipe()
@@ -276,9 +282,12 @@ class Bench:
             options = dict(beam_size=1, min_decoding_length=tokens, max_decoding_length=tokens, max_batch_size=batch)
             arguments = (*ctranslate2_folders, pieces, options, torch.get_num_threads(), theirs)
             context.Process(target=serve_ctranslate2, args=arguments, daemon=True).start()
-            systems["CT2"] = lambda: pipe.send(True) or pipe.recv()
-        for run in systems.values():
-            run()  # warm
+            theirs.close()  # so that recv ends should the process die
+            systems["CTranslate2"] = lambda: pipe.send(True) or pipe.recv()
+        for name, run in systems.items():  # once to warm up, and to see that all write as much
+            written = run()
+            total = written if name == "CTranslate2" else sum(len(row if name != "ours" else row[0].ids) for row in written)
+            assert total == tokens * len(questions), (name, total)
         floor = self.floor.seconds(self.sources(questions), [tokens] * len(questions), batch)
         show(f"{label}, {tokens} tokens", tokens * len(questions), take_turns(systems, self.repeats), floor)
         if ctranslate2_folders:
@@ -311,9 +320,10 @@ class Bench:
                 questions, batch, lambda at: [Script(scripts[at : at + batch]), ReReadingCalculator(self.tokenizer)],
                 max_new_tokens=300, do_sample=False,
             )  # fmt: skip
-            written["HF"] = [[*row, EOS_ID] for row in rows]
+            written["transformers"] = [[*row, EOS_ID] for row in rows]
 
-        systems = {"ours": ours, **({"HF": theirs} if self.peer else {})}
+        systems = {"ours": ours, **({"transformers": theirs} if self.peer else {})}
+        take_turns(systems, 1)  # warm
         seconds = take_turns(systems, self.repeats)
         assert all(rows == scripts for rows in written.values()), "a system left the script"
         lengths = [len(script) for script in scripts]
@@ -330,11 +340,14 @@ class Bench:
 
         systems = {"ours": lambda: self.ours(questions, n * len(questions), n_samples=n, temperature=0.7, max_new_tokens=tokens)}
         if self.peer:
-            systems["five passes of HF, calculator"] = authors
-            systems["HF num_return_sequences"] = lambda: self.theirs(questions, 32, num_return_sequences=n, **options)
-        floor = self.floor.seconds(self.sources(questions), [tokens] * len(questions) * n, n * len(questions))
-        show(f"3  {n} samples of {len(questions)} questions, {tokens} tokens", n * tokens * len(questions),
-             take_turns(systems, min(self.repeats, 3)), floor)  # fmt: skip
+            systems["passes"] = authors
+            systems["transformers"] = lambda: self.theirs(questions, 32, num_return_sequences=n, **options)
+        floor = self.floor.seconds(self.sources(questions), [tokens] * len(questions) * n, n * len(questions), n)
+        seconds, label = take_turns(systems, min(self.repeats, 3)), f"3  {n} samples of {len(questions)} questions at once"
+        show(f"{label}, peer: num_return_sequences", n * tokens * len(questions), seconds, floor)
+        if self.peer:
+            seconds["transformers"] = seconds["passes"]
+            show(f"{label}, peer: {n} passes of 32, with calculator", n * tokens * len(questions), seconds, floor)
 
     def calculator_cost(self, questions: list[str], scripts: list[list[int]]) -> None:
         """Milliseconds per step of 32 rows that the calculator takes: measured alone, and as with against without."""
@@ -346,31 +359,33 @@ class Bench:
                 for row, script in zip(rows[: 32] if on else rows[32:], scripts):
                     row.take(script[step] if step < len(script) else EOS_ID + 5)
                 spent[on] += time.perf_counter() - began
-        print(f"| 4  calculator, 32 rows | {(spent[True] - spent[False]) * 10:.3f} ms a step |", end="")
+        self.notes.append(f"4  the calculator takes {(spent[True] - spent[False]) * 10:.3f} ms a step of 32 rows")
         if self.peer:
             reader = ReReadingCalculator(self.tokenizer)
             self.theirs(questions[:32], 32, lambda at: [Script(scripts[:32]), reader], max_new_tokens=100, do_sample=False)
-            print(f" re-reading the text: {reader.seconds * 10:.3f} ms a step |", end="")
+            self.notes[-1] += f", re-reading the text {1000 * reader.seconds / reader.steps:.3f} ms"
         systems = {on: lambda on=on: self.ours(questions[:32], 32, process=self.follow(scripts), calculator=on) for on in (True, False)}
         seconds = take_turns(systems, 2 * self.repeats)
-        print(f" with/without {statistics.median(a / b for a, b in zip(*seconds.values())):.3f} |", flush=True)
+        self.notes[-1] += f"; time with / without it {statistics.median(a / b for a, b in zip(*seconds.values())):.3f}"
 
     def waste(self, questions: list[str], scripts: list[list[int]], folder: Path, vocabulary: Path, tokens: int) -> None:
         """Steps against the least possible, and memory against its formula."""
         for slots in (32, 16):
-            count = []
+            count, total = [], sum(map(len, scripts))
             self.ours(questions, slots, process=self.follow(scripts, count))
-            total = sum(map(len, scripts))
-            print(f"| 5  steps, {slots} slots | {len(count)} | {len(count) / (total / slots):.2f} of sum of lengths / slots; "
-                  f"{sum(count) / total:.2f} row-steps per token |", flush=True)  # fmt: skip
+            self.notes.append(f"5  {slots} slots: {len(count)} steps for {total} tokens, {len(count) / (total / slots):.2f} times "
+                              f"tokens / slots; rows computed per token {sum(count) / total:.2f}")  # fmt: skip
+        if not Path("/proc/self/clear_refs").exists():
+            return
         context = get_context("spawn")
         receive, send = context.Pipe(duplex=False)
         process = context.Process(target=measure_memory, args=(folder, vocabulary, questions[:32], 32, tokens, send))
         process.start()
+        send.close()  # so that recv ends should the process die
         grown, slots, weights = receive.recv()
         process.join()
-        print(f"| 5  memory, 32 slots | {grown / 2**20:.0f} MiB | {grown / (slots + weights):.2f} of the formula "
-              f"({slots / 2**20:.0f} for slots, {weights / 2**20:.0f} for weights) |", flush=True)  # fmt: skip
+        self.notes.append(f"5  32 slots, {tokens} tokens: peak memory grows by {grown / 2**20:.0f} MiB, {grown / (slots + weights):.2f} "
+                          f"of the formula ({slots / 2**20:.0f} for slots, {weights / 2**20:.0f} for packed weights)")  # fmt: skip
 
     def everything(self, questions: list[str]) -> None:
         """Greedy, calculator on, at most 300 tokens, from text to text; the rows in which the texts differ."""
@@ -381,23 +396,23 @@ class Bench:
 
         def theirs() -> None:
             rows = self.theirs(questions, 32, lambda at: [ReReadingCalculator(self.tokenizer)], max_new_tokens=300, do_sample=False)
-            texts["HF"] = [self.tokenizer.decode(row) for row in rows]
+            texts["transformers"] = [self.tokenizer.decode(row) for row in rows]
 
-        seconds = take_turns({"ours": ours, **({"HF": theirs} if self.peer else {})}, self.repeats)
+        seconds = take_turns({"ours": ours, **({"transformers": theirs} if self.peer else {})}, self.repeats)
         tokens = sum(len(self.tokenizer.encode(text)) for text in texts["ours"])
         show(f"8  {len(questions)} questions, text to text, batch 32", tokens, seconds)
         if self.peer:
-            different = [i for i, (a, b) in enumerate(zip(texts["ours"], texts["HF"])) if a != b]
+            different = [i for i, (a, b) in enumerate(zip(texts["ours"], texts["transformers"])) if a != b]
             print(f"| 8  texts that differ | {len(different)} | {different} |")
             for i in different:
-                start = len(os.path.commonprefix([texts["ours"][i], texts["HF"][i]]))
+                start = len(os.path.commonprefix([texts["ours"][i], texts["transformers"][i]]))
                 print(f"    {i}: ...{texts['ours'][i][max(start - 40, 0) : start + 40]!r}\n    HF: ...{texts['HF'][i][max(start - 40, 0) : start + 40]!r}")
 
     def figure(self, questions: list[str], scripts: list[list[int]], path: Path) -> None:
         """Speed over batch size on the gold rationales, with and without calculator (compare the paper's figure 4)."""
         from matplotlib import pyplot
 
-        sizes, total, curves = [1, 2, 4, 8, 16, 32], sum(map(len, scripts)), {}
+        sizes, curves = [1, 2, 4, 8, 16, 32], {}
         for batch in sizes:
             n = min(64, 8 * batch)
             some, total = questions[:n], sum(map(len, scripts[:n]))
