@@ -223,10 +223,10 @@ def main() -> None:
         hf = transformers and transformers.T5ForConditionalGeneration.from_pretrained(Path(scratch) / "small").eval()
         bench = Bench(small, hf, tokenizer, repeats)
         print(f"ceilings measured here: {bench.floor.flops / 1e9:.0f} GFLOP/s, {bench.floor.bandwidth / 1e9:.0f} GB/s\n")
-        print(f"| case | tokens/s | {' | '.join(f'times as fast as {peer}' for peer in PEERS)} | share of the floor |")
-        print("|---|---|---|---|---|")
         if args.figure:
             return bench.figure(*gold(problems, tokenizer, 64), args.figure)
+        print(f"| case | tokens/s | {' | '.join(f'times as fast as {peer}' for peer in PEERS)} | share of the floor |")
+        print("|---|---|---|---|---|")
         for case in args.cases:
             if case == 1:
                 folders = (Path(scratch) / "small", args.vocabulary) if ctranslate2 and hf else None
@@ -414,7 +414,7 @@ class Bench:
 
         sizes, curves = [1, 2, 4, 8, 16, 32], {}
         for batch in sizes:
-            n = min(64, 8 * batch)
+            n = max(4, 2 * batch)
             some, total = questions[:n], sum(map(len, scripts[:n]))
             for on in (True, False):
                 systems = {f"ours, {'with' if on else 'without'} calculator": lambda: self.ours(some, batch, calculator=on, process=self.follow(scripts))}
@@ -424,15 +424,17 @@ class Bench:
                         some, batch, lambda at: [Script(scripts[at : at + batch]), *(tool(self.tokenizer) for tool in tools)],
                         max_new_tokens=300, do_sample=False,
                     )  # fmt: skip
-                for name, seconds in take_turns(systems, 2).items():
+                for name, seconds in take_turns(systems, 1).items():
                     curves.setdefault(name, []).append(total / statistics.median(seconds))
-                    print(f"| {name}, batch {batch} | {curves[name][-1]:,.0f} |", flush=True)
+                    print(f"{name}, batch {batch}: {curves[name][-1]:,.0f} tokens/s", flush=True)
         axes = pyplot.figure(figsize=(6.4, 4)).subplots()
         for name, speeds in curves.items():
             own, dashed = name.startswith("ours"), "without" in name
             axes.plot(sizes, speeds, "o--" if dashed else "o-", color="#0072B2" if own else "#D55E00", label=name, mfc="white" if dashed else None)
         axes.set(xscale="log", yscale="log", xlabel="batch size (rationales at a time)", ylabel="speed (tokens per second)", xticks=sizes, xticklabels=sizes)
-        axes.legend(frameon=False)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("{x:,.0f}")
+        axes.legend(frameon=False, loc="lower right")
         axes.grid(alpha=0.3)
         axes.figure.savefig(path, bbox_inches="tight", dpi=160)
 
