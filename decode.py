@@ -121,7 +121,7 @@ class KVCache:
         self.memory = like.new_empty(c.n_layers, 2, place * longest)  # the system hands it out as the ring grows into it
         self.ring = [[part[: place * self.BLOCK].view(shape).zero_() for part in layer] for layer in self.memory]
         self.cross = [[like.new_zeros(n_slots, c.n_heads, source_length, c.d_kv) for _ in layer] for layer in self.memory]
-        self.births, self.source_lengths = like.new_zeros(2, n_slots, dtype=torch.long)  # when each sequence began, ...
+        self.births, self.source_lengths = like.new_zeros(2, n_slots, dtype=torch.long)  # of the slots, in steps and in tokens
         self.clock, self.size, self.width = 0, self.BLOCK, source_length  # step t is written to place t % size
         self.positions = torch.arange(max(longest, source_length), device=like.device)
         self.bias = model.decoder.position_bias(-self.positions[None])  # (1, H, 1, ages)

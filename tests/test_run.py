@@ -121,6 +121,15 @@ def test_other_numbers_in_the_same_folder_are_refused(finished):
     assert result.returncode == 2 and "--beta" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_memory_limit_may_be_lowered_when_a_run_goes_on(finished, tmp_path):
+    """The advice `use a batch size of at most N` must be possible to follow without starting all over."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/dpo-st/round-1/evaluation.jsonl").unlink()
+    result = command(*SHORT, "--out", tmp_path / "run", "--decode-batch-size", 16, "--micro-batch-tokens", 1024)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/dpo-st/round-1/evaluation.jsonl").is_file()
+
+
 def test_the_model_of_a_finished_run_can_be_asked(finished):
     """A run's checkpoint is all that decode.py needs; piped output carries no colour codes."""
     result = subprocess.run(
