@@ -208,7 +208,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     quick, repeats = args.quick, args.repeats or (2 if args.quick else 5)
-    tokens = 48 if quick else 128
+    tokens = 32 if quick else 128
     tokenizer = Tokenizer(args.vocabulary)
     problems = load_problems(args.questions) if args.questions else make_problems(1400, seed=0)
     questions = [problem.question for problem in problems]
@@ -233,13 +233,13 @@ def main() -> None:
                 bench.forced("1  greedy, batch 32", questions[:32], 32, tokens, folders)
                 bench.forced("1  greedy, batch 1", questions[:2], 1, tokens)
             elif case == 2:
-                bench.scripted(*gold(problems, tokenizer, 32 if quick else 64), 32)
+                bench.scripted(*gold(problems, tokenizer, 16 if quick else 64), 32)
             elif case == 3:
                 bench.samples(questions[: 8 if quick else 32], 5, tokens)
             elif case == 4:
                 bench.calculator_cost(*gold(problems, tokenizer, 64))
             elif case == 5:
-                bench.waste(*gold(problems, tokenizer, 64), Path(scratch) / "small", args.vocabulary, tokens)
+                bench.waste(*gold(problems, tokenizer, 32 if quick else 64), Path(scratch) / "small", args.vocabulary, tokens)
             elif case == 6 and not quick:
                 base = build("base", Path(scratch) / "base")
                 peer = transformers and transformers.T5ForConditionalGeneration.from_pretrained(Path(scratch) / "base").eval()
@@ -365,7 +365,7 @@ class Bench:
             self.theirs(questions[:32], 32, lambda at: [Script(scripts[:32]), reader], max_new_tokens=100, do_sample=False)
             self.notes[-1] += f", re-reading the text {1000 * reader.seconds / reader.steps:.3f} ms"
         systems = {on: lambda on=on: self.ours(questions[:32], 32, process=self.follow(scripts), calculator=on) for on in (True, False)}
-        seconds = take_turns(systems, 2 * self.repeats)
+        seconds = take_turns(systems, self.repeats)
         self.notes[-1] += f"; time with / without it {statistics.median(a / b for a, b in zip(*seconds.values())):.3f}"
 
     def waste(self, questions: list[str], scripts: list[list[int]], folder: Path, vocabulary: Path, tokens: int) -> None:
