@@ -225,7 +225,7 @@ def generate(
                 if row is None and waiting:
                     i, k = waiting.popleft()
                     if i not in group:  # then it is the first of the next one
-                        group, encoded = next(groups), []
+                        group, encoded = next(groups), []  # the old ones go before the new ones need their memory
                         input_ids, mask = (t.to(model.device) for t in pad_batch([source_ids[j] for j in group]))
                         encoded = model.cross_keys_values(model.encode(input_ids, mask))
                     cache.admit(slot, encoded, group.index(i), len(source_ids[i]))

@@ -80,15 +80,9 @@ class Script:
         return torch.full_like(scores, -torch.inf).scatter_(1, torch.tensor(ids)[:, None], 0.0)
 
 
-def peer_generate(peer, tokenizer: Tokenizer, questions: list[str], batch: int, processors=None, **options) -> list[list[int]]:
-    """transformers' generate, batch by batch; processors(at) gives the logits processors for questions[at:]."""
-    rows = []
-    for at in range(0, len(questions), batch):
-        ids, mask = pad_batch([tokenizer.encode(question, MAX_QUESTION) for question in questions[at : at + batch]])
-        chosen = transformers.LogitsProcessorList(processors(at) if processors else [])
-        out = peer.generate(input_ids=ids, attention_mask=mask, num_beams=1, logits_processor=chosen, **options)
-        rows += [row[1 : row.index(EOS_ID) if EOS_ID in row else None] for row in out.tolist()]
-    return rows
+def load_peer(folder: Path):
+    """The checkpoint in transformers' hands, None where that is not installed."""
+    return transformers and transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
 
 
 # ------------------------------------------------------------------------------------------------------- the measuring
@@ -220,8 +214,7 @@ def main() -> None:
         transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         small = build("small", Path(scratch) / "small")
-        hf = transformers and transformers.T5ForConditionalGeneration.from_pretrained(Path(scratch) / "small").eval()
-        bench = Bench(small, hf, tokenizer, repeats)
+        bench = Bench(small, load_peer(Path(scratch) / "small"), tokenizer, repeats)
         print(f"ceilings measured here: {bench.floor.flops / 1e9:.0f} GFLOP/s, {bench.floor.bandwidth / 1e9:.0f} GB/s\n")
         if args.figure:
             return bench.figure(*gold(problems, tokenizer, 64), args.figure)
@@ -229,7 +222,7 @@ def main() -> None:
         print("|---|---|---|---|---|")
         for case in args.cases:
             if case == 1:
-                folders = (Path(scratch) / "small", args.vocabulary) if ctranslate2 and hf else None
+                folders = (Path(scratch) / "small", args.vocabulary) if ctranslate2 and transformers else None
                 bench.forced("1  greedy, batch 32", questions[:32], 32, tokens, folders)
                 bench.forced("1  greedy, batch 1", questions[:2], 1, tokens)
             elif case == 2:
@@ -242,12 +235,12 @@ def main() -> None:
                 bench.waste(*gold(problems, tokenizer, 32 if quick else 64), Path(scratch) / "small", args.vocabulary, tokens)
             elif case == 6 and not quick:
                 base = build("base", Path(scratch) / "base")
-                peer = transformers and transformers.T5ForConditionalGeneration.from_pretrained(Path(scratch) / "base").eval()
-                Bench(base, peer, tokenizer, repeats).forced("6  base, greedy, batch 16", questions[:16], 16, tokens)
+                Bench(base, load_peer(Path(scratch) / "base"), tokenizer, repeats).forced("6  base, greedy, batch 16", questions[:16], 16, tokens)
             elif case == 8 and args.checkpoint:
                 model, tokenizer_8 = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
-                peer = transformers and transformers.T5ForConditionalGeneration.from_pretrained(args.checkpoint).eval()
-                Bench(model, peer, tokenizer_8, 1).everything(questions[: 64 if quick else None])
+                last = Bench(model, load_peer(args.checkpoint), tokenizer_8, 1)
+                last.everything(questions[: 64 if quick else None])
+                bench.notes += last.notes
             else:
                 bench.notes.append(f"{case}  left out: it needs {'--checkpoint' if case == 8 else 'more time than --quick has'}")
         print(*bench.notes, sep="\n")
@@ -265,7 +258,14 @@ class Bench:
         return generate(self.model, self.tokenizer, questions, batch_size=batch, **options)
 
     def theirs(self, questions: list[str], batch: int, processors=None, **options) -> list[list[int]]:
-        return peer_generate(self.peer, self.tokenizer, questions, batch, processors, **options)
+        """transformers' generate, batch by batch; processors(at) gives the logits processors for questions[at:]."""
+        rows = []
+        for at in range(0, len(questions), batch):
+            ids, mask = pad_batch([self.tokenizer.encode(question, MAX_QUESTION) for question in questions[at : at + batch]])
+            chosen = transformers.LogitsProcessorList(processors(at) if processors else [])
+            out = self.peer.generate(input_ids=ids, attention_mask=mask, num_beams=1, logits_processor=chosen, **options)
+            rows += [row[1 : row.index(EOS_ID) if EOS_ID in row else None] for row in out.tolist()]
+        return rows
 
     def sources(self, questions: list[str]) -> list[int]:
         return [len(self.tokenizer.encode(question, MAX_QUESTION)) for question in questions]
@@ -403,10 +403,10 @@ class Bench:
         show(f"8  {len(questions)} questions, text to text, batch 32", tokens, seconds)
         if self.peer:
             different = [i for i, (a, b) in enumerate(zip(texts["ours"], texts["transformers"])) if a != b]
-            print(f"| 8  texts that differ | {len(different)} | {different} |")
+            self.notes.append(f"8  texts that differ: {len(different)}")
             for i in different:
-                start = len(os.path.commonprefix([texts["ours"][i], texts["transformers"][i]]))
-                print(f"    {i}: ...{texts['ours'][i][max(start - 40, 0) : start + 40]!r}\n    HF: ...{texts['HF'][i][max(start - 40, 0) : start + 40]!r}")
+                start = max(len(os.path.commonprefix([found[i] for found in texts.values()])) - 40, 0)
+                self.notes += [f"   question {i}, {name}: {found[i][start : start + 80]!r}" for name, found in texts.items()]
 
     def figure(self, questions: list[str], scripts: list[list[int]], path: Path) -> None:
         """Speed over batch size on the gold rationales, with and without calculator (compare the paper's figure 4)."""
