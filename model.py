@@ -114,6 +114,23 @@ def decoding(model: nn.Module) -> Iterator[None]:
             layer.packed = None
 
 
+class Layout:
+    """Where the N real tokens of a padded (B, T) batch stand. Only attention needs the padded form: everything else works
+    on rows (N, D), so that no matrix product is spent on padding, which in a batch of GSM8K is half of all tokens."""
+    def __init__(self, shape: tuple[int, int], mask: Tensor | None = None):
+        full = mask is None or mask.is_meta or mask.all()
+        self.shape, self.places = shape, None if full else mask.flatten().nonzero()[:, 0]  # (N,) int64
+
+    def pad(self, x: Tensor) -> Tensor:  # (N, D) -> (B, T, D)
+        if self.places is not None:
+            x = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1]).index_copy(0, self.places, x)
+        return x.unflatten(0, self.shape)
+
+    def unpad(self, x: Tensor) -> Tensor:  # (B, T, D) or ids (B, T) -> (N, D) or (N,)
+        x = x.flatten(0, 1)
+        return x if self.places is None else x.index_select(0, self.places)
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases. Keys and values come from outside, so one class serves all three uses."""
     def __init__(self, config: T5Config):
@@ -123,21 +140,21 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (Linear(config.d_model, inner) for _ in range(3))
         self.o = Linear(inner, config.d_model)
 
-    def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, H*K) -> (B, H, T, K)
+    def split(self, x: Tensor, layout: Layout) -> Tensor:  # (N, H*K) -> (B, H, T, K)
+        return layout.pad(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
-    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:  # (B, S, D) -> twice (B, H, S, K)
-        return self.split(self.k(states)), self.split(self.v(states))
+    def keys_values(self, states: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:  # (N, D) -> twice (B, H, S, K)
+        return self.split(self.k(states), layout), self.split(self.v(states), layout)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Mix values into x (B, T, D). bias: added to the scores, broadcast to (B, H, T, S); it also masks."""
-        queries = self.split(self.q(x))
+    def forward(self, x: Tensor, layout: Layout, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Mix values into x (N, D). bias: added to the scores, broadcast to (B, H, T, S); it also masks."""
+        queries = self.split(self.q(x), layout)
         if queries.shape[2] == 1 and x.device.type == "cpu" and not self.training:  # the plain formula, twice as fast here
             mixed = (queries @ keys.transpose(2, 3) + bias).softmax(-1) @ values
         else:  # scale=1: T5 has no 1/sqrt(K) here, its initialisation of q carries that factor instead
             bias, dropout = bias.to(queries.dtype), self.dropout * self.training
             mixed = F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=1.0)
-        return self.o(mixed.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.o(layout.unpad(mixed.transpose(1, 2).flatten(2)))  # (N, D)
 
 
 class GatedFeedForward(nn.Module):
@@ -162,9 +179,9 @@ class EncoderBlock(nn.Module):
         self.feed_forward = GatedFeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, bias: Tensor) -> Tensor:
         h = self.self_attention_norm(x)
-        x = x + self.dropout(self.self_attention(h, *self.self_attention.keys_values(h), bias))
+        x = x + self.dropout(self.self_attention(h, layout, *self.self_attention.keys_values(h, layout), bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -175,16 +192,19 @@ class DecoderBlock(EncoderBlock):
         self.cross_attention_norm = RMSNorm(config.d_model, config.epsilon)
         self.cross_attention = Attention(config)
 
-    def forward(self, x: Tensor, bias: Tensor, source_bias: Tensor, states: Tensor | None, cache=None, layer=0) -> Tensor:
-        """x (B, T, D); the source comes as encoder states (B, S, D), or from layer `layer` of a KVCache (then T = 1)."""
+    def forward(
+        self, x: Tensor, layout: Layout, bias: Tensor, source_bias: Tensor, states=None, source=None, cache=None, layer=0
+    ) -> Tensor:  # fmt: skip
+        """x (N, D). What it attends to comes as encoder states (M, D) in their Layout `source`, or else from layer `layer`
+        of a decode.KVCache, while x is one new token for each of its slots."""
         h = self.self_attention_norm(x)
-        keys, values = self.self_attention.keys_values(h)
+        keys, values = self.self_attention.keys_values(h, layout)
         if cache:
             keys, values = cache.append(layer, keys, values)
-        x = x + self.dropout(self.self_attention(h, keys, values, bias))
+        x = x + self.dropout(self.self_attention(h, layout, keys, values, bias))
         # No position bias in cross-attention: source_bias holds only the padding mask.
-        keys, values = cache.cross[layer] if cache else self.cross_attention.keys_values(states)
-        x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), keys, values, source_bias))
+        keys, values = cache.cross[layer] if cache else self.cross_attention.keys_values(states, source)
+        x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), layout, keys, values, source_bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -243,40 +263,45 @@ class T5(nn.Module):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Read questions: input_ids, attention_mask (B, S) int64, mask 1 on real tokens -> states (B, S, D)."""
-        stack, positions = self.encoder, torch.arange(input_ids.shape[1], device=input_ids.device)
+        stack, layout = self.encoder, Layout(input_ids.shape, attention_mask)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         bias = stack.position_bias(positions[None, :] - positions[:, None])  # (1, H, S, S)
         bias = bias + mask_to_bias(attention_mask.bool(), bias.dtype)[:, None, None]  # (B, H, S, S)
-        x = stack.dropout(self.shared(input_ids))
+        x = stack.dropout(self.shared(layout.unpad(input_ids)))  # (N, D)
         for block in stack.blocks:
-            x = block(x, bias)
-        return stack.dropout(stack.final_norm(x))
+            x = block(x, layout, bias)
+        return layout.pad(stack.dropout(stack.final_norm(x)))
 
-    def decode(self, decoder_input_ids: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run the whole target at once: ids (B, T), states (B, S, D) -> hidden (B, T, D), ready for `lm_head`."""
-        stack, positions = self.decoder, torch.arange(decoder_input_ids.shape[1], device=states.device)
+    def decode(self, decoder_input_ids: Tensor, states: Tensor, attention_mask: Tensor, real: Tensor | None = None) -> Tensor:
+        """Run whole targets at once: ids (B, T), states and mask of their questions (B, S, D) and (B, S) -> hidden (N, D),
+        ready for `lm_head`: of the N tokens that are True in real (B, T), row by row, or of all B * T."""
+        stack, layout, source = self.decoder, Layout(decoder_input_ids.shape, real), Layout(states.shape[:2], attention_mask)
+        positions = torch.arange(decoder_input_ids.shape[1], device=states.device)
         distance = positions[None, :] - positions[:, None]
         bias = stack.position_bias(distance) + mask_to_bias(distance <= 0, states.dtype)  # (1, H, T, T)
         source_bias = mask_to_bias(attention_mask.bool(), states.dtype)[:, None, None]  # (B, 1, 1, S)
-        x = stack.dropout(self.shared(decoder_input_ids))
+        x, states = stack.dropout(self.shared(layout.unpad(decoder_input_ids))), source.unpad(states)
         for block in stack.blocks:
-            x = block(x, bias, source_bias, states)
+            x = block(x, layout, bias, source_bias, states, source)
         return stack.dropout(stack.final_norm(x))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
         """Predict every next token: (B, S), (B, S), (B, T) int64 -> logits (B, T, V)."""
-        return self.lm_head(self.decode(decoder_input_ids, self.encode(input_ids, attention_mask), attention_mask))
+        hidden = self.decode(decoder_input_ids, self.encode(input_ids, attention_mask), attention_mask)
+        return self.lm_head(hidden).unflatten(0, decoder_input_ids.shape)
 
     def cross_keys_values(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every decoder layer's keys and values of encoder states (B, S, D), each (B, H, S, K)."""
-        return [block.cross_attention.keys_values(states) for block in self.decoder.blocks]
+        layout = Layout(states.shape[:2])
+        return [block.cross_attention.keys_values(states.flatten(0, 1), layout) for block in self.decoder.blocks]
 
     def step(self, ids: Tensor, cache) -> Tensor:
         """Advance every slot of a decode.KVCache by one token: ids (B,) int64 -> logits (B, V) for the one after it."""
         bias, source_bias = cache.advance()
-        x = self.shared(ids)[:, None]  # (B, 1, D)
+        x, layout = self.shared(ids), Layout((len(ids), 1))  # (B, D)
         for layer, block in enumerate(self.decoder.blocks):
-            x = block(x, bias, source_bias, None, cache, layer)
-        return self.lm_head(self.decoder.final_norm(x))[:, 0]
+            x = block(x, layout, bias, source_bias, cache=cache, layer=layer)
+        return self.lm_head(self.decoder.final_norm(x))
 
 
 EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")

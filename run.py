@@ -71,7 +71,7 @@ class Config:
     final_ratio: float = number(0.1, 0.1, "training", "the cosine ends at this part of the peak [authors' code]")
     weight_decay: float = number(0.01, 0.01, "training", "of AdamW [appendix A]")
     max_grad_norm: float = number(1.0, 1.0, "training", "gradient clipping [appendix A]")
-    micro_batch_tokens: int = number(8192, 2048, "training", "about the tokens per forward pass: a memory limit [ours]")
+    micro_batch_tokens: int = number(2048, 2048, "training", "about the tokens per forward pass: a memory limit [ours]")
     decode_batch_size: int = number(96, 256, "training", "rationales written at a time: a memory limit [ours]")
     log_every: int = number(10, 20, "training", "optimiser steps between two printed lines [ours]")
     n_labeled: int = number(0, 250, "problems of --size tiny", "labeled problems")

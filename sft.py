@@ -42,7 +42,7 @@ class Schedule:
     final_ratio: float = 0.1  # authors' code: the cosine ends at this part of the peak, not at 0
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    micro_batch_tokens: int = 8192  # our choice: padded tokens per forward pass; memory only, never the result
+    micro_batch_tokens: int = 2048  # our choice: padded tokens per forward pass; memory only, never the result
     log_every: int = 10  # optimiser steps between two lines
     seed: int = 42  # authors' code
 
@@ -66,8 +66,8 @@ def token_logps(model: T5, states: Tensor, attention_mask: Tensor, labels: Tenso
     Held for the backward pass: logits of the N real tokens only, (N, V) in fp32. Padding never meets the vocabulary.
     """
     real = labels != IGNORE  # (B, T)
-    hidden = model.decode(shift_right(labels), states, attention_mask)
-    logits = model.lm_head(hidden[real]).float()  # (N, V)
+    hidden = model.decode(shift_right(labels), states, attention_mask, real)  # (N, D)
+    logits = model.lm_head(hidden).float()  # (N, V)
     logps = -F.cross_entropy(logits, labels[real], reduction="none")  # (N,)
     return logps.new_zeros(labels.shape).masked_scatter(real, logps)
 

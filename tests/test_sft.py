@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from data.problems import load_problems
@@ -182,21 +183,34 @@ def test_the_loss_equals_the_public_library_on_real_text(shared):
     assert abs(ours - expected) < 1e-5
 
 
-def test_ignored_positions_give_no_gradient():
-    """Padding says nothing about the answer: the decoder's states there must get exactly zero, all others something."""
+def test_padding_meets_no_matrix():
+    """Half of a padded batch of GSM8K is padding. What a matrix is given is counted: the real tokens, no row more, be it
+    in the encoder, in the decoder, on the way from one to the other, or at the vocabulary."""
+    model, examples = random_model(), random_examples()
+    rows = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda layer, given, _, name=name: rows.__setitem__(name, given[0].shape[:-1]))
+    sft_loss(model, examples)
+    questions, rationales = (sum(map(len, part)) for part in zip(*((e.input_ids, e.labels) for e in examples)))
+    for name, found in rows.items():
+        from_question = name.startswith("encoder") or name.endswith(("cross_attention.k", "cross_attention.v"))
+        assert found == (questions if from_question else rationales,), name
+    assert len(rows) == 2 * 7 + 2 * 11 + 1
+
+
+def test_padding_says_nothing_about_the_answer():
+    """More of it in the same batch, whatever ids it has, leaves every gradient as it is: a mask forgotten anywhere shows."""
     model, examples = random_model(), random_examples()
     input_ids, attention_mask, labels = collate(examples)
-    decode, hidden = model.decode, []
-
-    def keep_gradient(*args):
-        hidden.append(decode(*args))
-        hidden[0].retain_grad()
-        return hidden[0]
-
-    model.decode = keep_gradient
-    token_logps(model, model.encode(input_ids, attention_mask), attention_mask, labels).sum().backward()
-    norms = hidden[0].grad.norm(dim=-1)  # (B, T)
-    assert (norms[labels == IGNORE] == 0).all() and (norms[labels != IGNORE] > 0).all()
+    wider = [F.pad(t, (0, 5), value=v) for t, v in ((input_ids, 7), (attention_mask, 0), (labels, IGNORE))]
+    gradients = []
+    for ids, mask, targets in ((input_ids, attention_mask, labels), wider):
+        token_logps(model, model.encode(ids, mask), mask, targets).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad()
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_token_logps_sit_at_their_positions():

@@ -1,0 +1,187 @@
+"""Training speed and memory against transformers' usual loop (SFT) and the concatenated two-model way (DPO).
+
+    python -m tests.bench.train [--quick] [--vocabulary DIR] [--problems FILE] [--size small]
+
+Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model and GSM8K's
+train.jsonl. Weights are random, for speed does not depend on them. Every system sits in a process of its own, whose peak
+of resident memory is its own too, and they take turns; figures are medians, in brackets the smallest and largest ratio of
+two neighbouring turns. Dropout is off on both sides, so that their losses can be compared step by step.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data.problems import load_problems
+from data.synthetic import make_problems
+from dpo import PreferencePair, make_pair_examples, train_dpo
+from model import SIZES, T5, load_flan_t5, save_flan_t5
+from sft import Schedule, collate, epochs, learning_rate, make_examples, train_sft
+from tests.bench.decode import TINY, load_peer, resident, transformers
+from tokenizer import Tokenizer, format_rationale, pad_batch
+
+BETA = 0.1
+SFT, DPO = (Schedule(rate, batch_size=12, log_every=1) for rate in (3e-4, 7e-7))  # table 5, but for the batch of the issue
+
+
+# ------------------------------------------------------------------------------------------------------------- the peers
+
+
+def peer_epoch(model, n: int, n_steps: int, schedule: Schedule, loss_of) -> list[float]:
+    """The usual loop: shuffled batches, AdamW as it comes, clipping, the same schedule; losses by step."""
+    optimizer = torch.optim.AdamW(model.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay)
+    losses, batches = [], epochs(n, schedule.batch_size, schedule.seed)
+    for step in range(n_steps):
+        loss = loss_of(next(batches))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, n_steps, schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def concatenated_logps(model, input_ids, attention_mask, labels):
+    """As TRL 0.8.6: chosen and rejected in one batch of twice the rows, the question of each encoded, full logits."""
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).logits
+    real = labels != -100
+    logps = torch.gather(logits.log_softmax(-1), 2, labels.clamp(min=0)[..., None])[..., 0]
+    return (logps * real).sum(-1).chunk(2)
+
+
+def peer_sft(folder: Path, examples: list):
+    model = load_peer(folder)
+
+    def loss_of(batch: list[int]):
+        input_ids, attention_mask, labels = collate([examples[i] for i in batch])
+        return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
+
+    return lambda n_steps: peer_epoch(model, len(examples), n_steps, SFT, loss_of)
+
+
+def peer_dpo(folder: Path, pairs: list):
+    policy, reference = load_peer(folder), load_peer(folder)
+
+    def loss_of(batch: list[int]):
+        some = [pairs[i] for i in batch]
+        input_ids, attention_mask = pad_batch([list(pair.input_ids) for pair in some] * 2)
+        labels, _ = pad_batch([pair.chosen for pair in some] + [pair.rejected for pair in some], -100)
+        chosen, rejected = concatenated_logps(policy, input_ids, attention_mask, labels)
+        with torch.no_grad():
+            reference_chosen, reference_rejected = concatenated_logps(reference, input_ids, attention_mask, labels)
+        return -F.logsigmoid(BETA * (chosen - rejected - reference_chosen + reference_rejected)).mean()
+
+    return lambda n_steps: peer_epoch(policy, len(pairs), n_steps, DPO, loss_of)
+
+
+# --------------------------------------------------------------------------------------------------------------- ours
+
+
+def our_sft(folder: Path, examples: list):
+    model = load_flan_t5(folder)
+
+    def run(n_steps: int) -> list[float]:
+        logs = []
+        train_sft(model, examples, 1, SFT, log=logs.append)
+        return [record["loss"] for record in logs]
+
+    return run
+
+
+def our_dpo(folder: Path, pairs: list):
+    model = load_flan_t5(folder)
+
+    def run(n_steps: int) -> list[float]:
+        logs = []
+        train_dpo(model, pairs, [], n_steps, BETA, DPO, log=logs.append)
+        return [record["loss"] for record in logs]
+
+    return run
+
+
+SYSTEMS = {"SFT": {"ours": our_sft, "transformers": peer_sft}, "DPO": {"ours": our_dpo, "two models, concatenated": peer_dpo}}
+
+
+def serve(task: str, name: str, folder: Path, items: list, threads: int, pipe) -> None:
+    """In a process of its own: train for n steps whenever asked, and say how long that took and what memory it has needed."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    os.environ["TQDM_DISABLE"] = "1"
+    run = SYSTEMS[task][name](folder, items)
+    while n_steps := pipe.recv():
+        began = time.perf_counter()
+        losses = run(n_steps)
+        pipe.send((time.perf_counter() - began, losses, resident("VmHWM")))
+
+
+def compare(task: str, folder: Path, items: list, n_steps: int, repeats: int) -> str:
+    """Let the systems of a task take turns on the same items; one row of the table."""
+    context, pipes, seconds, losses, memory = get_context("spawn"), {}, {}, {}, {}
+    for name in SYSTEMS[task]:
+        if name == "ours" or transformers:
+            pipes[name], theirs = context.Pipe()
+            arguments = (task, name, folder, items, torch.get_num_threads(), theirs)
+            context.Process(target=serve, args=arguments, daemon=True).start()
+            theirs.close()  # so that recv ends should the process die
+    for turn in range(repeats):
+        for name, pipe in pipes.items():
+            pipe.send(n_steps)
+            spent, found, memory[name] = pipe.recv()
+            seconds.setdefault(name, []).append(spent)
+            losses.setdefault(name, found)  # of the first turn, from the same weights
+    for pipe in pipes.values():
+        pipe.send(0)
+    speed = f"{len(items) / statistics.median(seconds['ours']):.2f}"
+    cells = [task, speed, *[""] * 4]
+    for name in list(pipes)[1:]:
+        ratios = [theirs / own for own, theirs in zip(seconds["ours"], seconds[name])]
+        cells[2] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        cells[3] = f"{memory['ours'] / 2**20:,.0f} of {memory[name] / 2**20:,.0f} MiB"
+        cells[4] = f"{memory['ours'] / memory[name]:.2f}"
+        cells[5] = f"{max(abs(a - b) for a, b in zip(losses['ours'], losses[name])):.1e}"
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="48 examples and pairs, two turns")
+    parser.add_argument("--vocabulary", type=Path, default=TINY, help="folder with spiece.model")
+    parser.add_argument("--problems", type=Path, help="JSONL of problems with rationales; default: synthetic ones")
+    parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--tasks", nargs="*", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument("--repeats", type=int, help="turns, default 3, or 2 with --quick")
+    args = parser.parse_args()
+    repeats = args.repeats or (2 if args.quick else 3)
+    n_examples, n_pairs = (48, 48) if args.quick else (256, 96)
+    tokenizer = Tokenizer(args.vocabulary)
+    problems = load_problems(args.problems) if args.problems else make_problems(1400, seed=0)
+    problems = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in problems[:1400]]
+    examples = make_examples(problems[:n_examples], tokenizer)
+    # Three pairs a question, as in a run; the rejected side is the rationale of some other question.
+    pairs = [PreferencePair(p.question, p.rationale, problems[3 * i + k + 500].rationale)
+             for i, p in enumerate(problems[: n_pairs // 3]) for k in range(3)]  # fmt: skip
+    items = {"SFT": (examples, -(-n_examples // SFT.batch_size)), "DPO": (make_pair_examples(pairs, tokenizer), n_pairs // DPO.batch_size)}
+    version = f"transformers {transformers.__version__}" if transformers else "transformers not installed: left out"
+    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
+          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {version}, {args.size}, fp32, {repeats} turns\n")  # fmt: skip
+    print("| task | examples or pairs/s | times as fast as the peer | peak memory | ratio | largest difference in loss |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        save_flan_t5(T5(replace(SIZES[args.size], dropout=0.0)), folder)
+        for task in args.tasks:
+            print(compare(task, Path(folder), *items[task], repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()
