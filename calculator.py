@@ -19,7 +19,6 @@ NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,2
 TOKEN = re.compile(rf"{NUMBER}|[-+*/()%]")
 OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv)}
 
-
 def calculate(expression: str) -> str | None:
     """Evaluate arithmetic and print the result as a rationale shows it; None for anything else.
 
@@ -37,7 +36,6 @@ def calculate(expression: str) -> str | None:
         return None
     return None if tokens else format_number(value)
 
-
 def format_number(value: float) -> str:
     """Print an integer when within 1e-4 of one, else two decimals without closing zeros.
 
@@ -48,7 +46,6 @@ def format_number(value: float) -> str:
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
-
 def evaluate(tokens: deque[str], depth: int, strength: int = 0) -> float:
     """Take from the left an expression whose operators all bind more strongly; return its value, or raise ValueError."""
     value = read_factor(tokens, depth)
@@ -56,7 +53,6 @@ def evaluate(tokens: deque[str], depth: int, strength: int = 0) -> float:
         stronger, apply = OPERATORS[tokens.popleft()]
         value = bounded(apply(value, evaluate(tokens, depth, stronger)))
     return value
-
 
 def read_factor(tokens: deque[str], depth: int) -> float:
     first = tokens.popleft() if tokens and depth else ""
@@ -72,12 +68,10 @@ def read_factor(tokens: deque[str], depth: int) -> float:
         value, _ = value / 100, tokens.popleft()
     return value
 
-
 def bounded(value: float) -> float:
     if abs(value) > MAX_SIZE:
         raise ValueError("too large")
     return value
-
 
 if __name__ == "__main__":
     for text in sys.argv[1:] or ["48 / 2", "(1,200 - 15%) * .5", "2 ** 9999", "1 / 0", "__import__('os')"]:

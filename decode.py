@@ -3,7 +3,7 @@
 Rows that finish hand their place to the next question; whenever a row has written `[ expression =`, the calculator's
 digits and `]` are forced into that row. Left out: beam search, answer parsing, the arithmetic itself (calculator.py).
 
-    python decode.py [--checkpoint DIR] ["question"]    # naive against cached against batched, and one rationale
+    python decode.py [--checkpoint DIR] ["question"]    # one row against 32, and a rationale
 """
 
 import argparse
@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,13 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calculator import calculate
-from model import START_ID, T5, decoding, load_flan_t5, mask_to_bias, shift_right
+from model import START_ID, T5, decoding, load_flan_t5, mask_to_bias
 from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 
 MAX_NEW_TOKENS = 300  # section 4.2
 GROUP = 8  # questions encoded at a time
 TOP_K = 50  # DIFFERS: visible here; the authors inherit it from their framework without saying so
-
 
 @dataclass
 class Sample:
@@ -40,12 +39,10 @@ class Sample:
     forced: list[bool] = field(default_factory=list)
     finished: bool = False
 
-
 def uniform_noise(seed: int | str, question: str, sample: int, n: int) -> np.ndarray:
     """The n numbers in [0, 1) that decide one rationale, float32: a function of these arguments and nothing else."""
     digest = hashlib.sha256(f"{seed}\n{sample}\n{question}".encode("utf-8", "surrogatepass")).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest))).random(n, dtype=np.float32)
-
 
 def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Tensor) -> Tensor:
     """Choose one id per row: logits (B, V), noise (B,) in [0, 1) -> ids (B,) int64.
@@ -58,11 +55,10 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Ten
     choice = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
     return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1))[:, 0]
 
-
 class RowState:
     """What one rationale needs beside the tensors: its ids so far, and the calculator's view of them."""
-    def __init__(self, tokenizer: Tokenizer, calculator: bool, question: int = 0, number: int = 0):
-        self.tokenizer, self.calculator = tokenizer, calculator
+    def __init__(self, tokenizer: Tokenizer, calculator: bool, question: int = 0, number: int = 0, noise: Sequence = ()):
+        self.tokenizer, self.calculator, self.noise = tokenizer, calculator, noise
         self.question, self.number = question, number  # the sample `number` of the question at this index
         self.sample = Sample()
         self.queue = deque()  # ids that the calculator still has to write
@@ -96,7 +92,6 @@ class RowState:
                 self.queue.extend(self.tokenizer.encode(f"{result}]")[:-1])
             self.expression = None
 
-
 class KVCache:
     """Keys and values of B slots that share one clock and one ring.
 
@@ -120,18 +115,18 @@ class KVCache:
         shape = (n_slots, c.n_heads, -1, c.d_kv)  # of one layer's keys, or values
         self.memory = like.new_empty(c.n_layers, 2, place * longest)  # the system hands it out as the ring grows into it
         self.ring = [[part[: place * self.BLOCK].view(shape).zero_() for part in layer] for layer in self.memory]
-        self.cross = [[like.new_zeros(n_slots, c.n_heads, source_length, c.d_kv) for _ in layer] for layer in self.memory]
+        self.cross = like.new_zeros(c.n_layers, 2, n_slots, c.n_heads, source_length, c.d_kv)
         self.births, self.source_lengths = like.new_zeros(2, n_slots, dtype=torch.long)  # of the slots, in steps and in tokens
         self.clock, self.size, self.width = 0, self.BLOCK, source_length  # step t is written to place t % size
         self.positions = torch.arange(max(longest, source_length), device=like.device)
         self.bias = model.decoder.position_bias(-self.positions[None])  # (1, H, 1, ages)
 
-    def admit(self, slot: int, question: list[tuple[Tensor, Tensor]], row: int, source_length: int) -> None:
+    def admit(self, slot: int, questions: Tensor, row: int, source_length: int) -> None:
         """Give a slot to a new sequence, whose question is a row of `cross_keys_values`, source_length tokens long."""
-        for layer, keys_values in enumerate(question):
-            for ring, cross, theirs in zip(self.ring[layer], self.cross[layer], keys_values):
-                ring[slot], cross[slot] = 0, 0  # nothing of the old tenant stays, not even masked
-                cross[slot, :, :source_length] = theirs[row, :, :source_length]
+        for ring in itertools.chain(*self.ring):
+            ring[slot] = 0  # nothing of the old tenant stays, not even masked
+        self.cross[:, :, slot] = 0
+        self.cross[:, :, slot, :, :source_length] = questions[:, :, row, :, :source_length]
         self.births[slot], self.source_lengths[slot] = self.clock, source_length
 
     def fit(self, oldest: int, width: int) -> None:
@@ -143,16 +138,13 @@ class KVCache:
             self.relocate(lambda ring: ring.index_select(2, places), needed)
             self.births, self.clock, self.size = self.births - (self.clock - oldest), oldest, needed
         if width < 0.8 * self.width:
-            self.width = width
-            for layer in self.cross:
-                layer[:] = [part[:, :, :width].contiguous() for part in layer]
+            self.width, self.cross = width, self.cross[..., :width, :].contiguous()
 
     def keep(self, slots: list[int]) -> None:
         """Drop all other slots, so that the last few sequences do not drag an empty batch along."""
         self.births, self.source_lengths = self.births[slots], self.source_lengths[slots]
         self.relocate(lambda ring: ring[slots], self.size)
-        for layer in self.cross:
-            layer[:] = [part[slots] for part in layer]
+        self.cross = self.cross[:, :, slots]
 
     def relocate(self, select: Callable[[Tensor], Tensor], size: int) -> None:
         """Lay what `select` takes of each ring out as the beginning of a ring of another size, in the same memory."""
@@ -177,7 +169,6 @@ class KVCache:
             ring[:, :, (self.clock - 1) % self.size] = new[:, :, 0]
         return self.ring[layer]
 
-
 def free_memory(device: torch.device) -> float:
     """Bytes that can still be taken, what torch holds in reserve included; infinite where the system does not tell."""
     if device.type == "cuda":
@@ -185,7 +176,6 @@ def free_memory(device: torch.device) -> float:
     meminfo = Path("/proc/meminfo")  # Linux
     found = re.search(r"MemAvailable: *(\d+)", meminfo.read_text()) if meminfo.exists() else None
     return 1024 * int(found[1]) if found else math.inf
-
 
 @torch.inference_mode()
 def generate(
@@ -213,7 +203,6 @@ def generate(
     cache = KVCache(model, n_slots, max_new_tokens, longest)
     groups = iter(order[at : at + GROUP] for at in range(0, len(order), GROUP))  # of like length: little padding
     group, encoded = [], []  # the questions whose turn it is, and their keys and values for cross-attention
-    noise = torch.zeros(n_slots, max_new_tokens, device=model.device)
     rows: list[RowState | None] = [None] * n_slots
     bar = tqdm(total=len(waiting), desc=progress, unit="rationale", disable=None if progress else True)
     written, began = 0, time.perf_counter()
@@ -229,16 +218,15 @@ def generate(
                         input_ids, mask = (t.to(model.device) for t in pad_batch([source_ids[j] for j in group]))
                         encoded = model.cross_keys_values(model.encode(input_ids, mask))
                     cache.admit(slot, encoded, group.index(i), len(source_ids[i]))
-                    rows[slot] = RowState(tokenizer, calculator, i, k)
-                    if temperature > 0:
-                        noise[slot] = torch.from_numpy(uniform_noise(seed, questions[i], k, max_new_tokens))
+                    noise = uniform_noise(seed, questions[i], k, max_new_tokens if temperature else 0)
+                    rows[slot] = RowState(tokenizer, calculator, i, k, noise.tolist())
             live = [slot for slot, row in enumerate(rows) if row is not None]
             if not live:
                 break
             # 2. Nothing waits any more and a quarter of the slots is idle: go on with a smaller batch.
             if len(live) <= 0.75 * len(rows):
                 cache.keep(live)
-                rows, noise, live = [rows[slot] for slot in live], noise[live], list(range(len(live)))
+                rows, live = [rows[slot] for slot in live], list(range(len(live)))
             # 3. One token for every slot.
             ages = [len(row.sample.ids) if row else 0 for row in rows]
             last = [row.sample.ids[-1] if age else START_ID for row, age in zip(rows, ages)]
@@ -246,8 +234,8 @@ def generate(
             logits = model.step(torch.tensor(last, device=model.device), cache)
             if process:
                 logits = process(logits, rows)
-            at = noise.gather(1, torch.tensor(ages, device=model.device)[:, None])[:, 0]
-            chosen = sample_next_token(logits, temperature, top_k, at).tolist()
+            noise = torch.tensor([row.noise[age] if row and temperature else 0.0 for row, age in zip(rows, ages)])
+            chosen = sample_next_token(logits, temperature, top_k, noise.to(model.device)).tolist()
             # 4. The calculator has the last word; finished rows leave.
             for slot in live:
                 row = rows[slot]
@@ -262,27 +250,6 @@ def generate(
             bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
     return results
 
-
-@torch.inference_mode()
-def generate_naive(
-    model: T5, tokenizer: Tokenizer, questions: list[str], n_samples: int = 1, temperature: float = 0.0,
-    top_k: int = TOP_K, max_new_tokens: int = MAX_NEW_TOKENS, calculator: bool = True, seed: int | str = 0,
-) -> list[list[Sample]]:  # fmt: skip
-    """The slow twin of `generate`: one rationale at a time, the whole sequence again for every token, no cache."""
-    rows = [[RowState(tokenizer, calculator, i, k) for k in range(n_samples)] for i in range(len(questions))]
-    with decoding(model):
-        for row in itertools.chain(*rows):
-            question = questions[row.question]
-            input_ids = torch.tensor([tokenizer.encode(question, MAX_QUESTION)], device=model.device)
-            noise = torch.from_numpy(uniform_noise(seed, question, row.number, max_new_tokens)).to(model.device)
-            while not row.sample.finished and (age := len(row.sample.ids)) < max_new_tokens:
-                target = torch.tensor([[*row.sample.ids, START_ID]], device=model.device)  # the last is shifted out
-                logits = model(input_ids, torch.ones_like(input_ids), shift_right(target))[:, -1]
-                row.take(sample_next_token(logits, temperature, top_k, noise[age : age + 1]).item())
-            row.sample.text = tokenizer.decode(row.sample.ids)
-    return [[row.sample for row in column] for column in rows]
-
-
 def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
     """The rationale's text with the calculator's digits between « and »."""
     text = ""
@@ -291,22 +258,20 @@ def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
         text += f" «{part.lstrip()}»" if forced else part
     return text.strip()
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("question", nargs="?", help="answer this one; without it, compare three ways to decode")
+    parser.add_argument("question", nargs="?", help="answer this one; without it, measure how much a batch is worth")
     parser.add_argument("--checkpoint", default=Path(__file__).parent / "data" / "tiny", help="a checkpoint folder")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
     question = args.question or "Tom has 12 boxes with 24 pens in each. How many pens does Tom have?"
-    ways = (("naive", generate_naive, 1), ("cached", generate, 1), ("batched", generate, 32))
-    for name, write, n in ways[1:2] if args.question else ways:
+    for batch_size in (1,) if args.question else (1, 32):
         began = time.perf_counter()
-        samples = write(model, tokenizer, [question] * n)
-        print(f"{name:>8} {n * len(samples[0][0].ids) / (time.perf_counter() - began):8,.0f} tokens/s")
+        samples = generate(model, tokenizer, [question] * batch_size, batch_size=batch_size)
+        speed = sum(len(row[0].ids) for row in samples) / (time.perf_counter() - began)
+        print(f"batch of {batch_size}: {speed:,.0f} tokens/s")
     print(f"{question}\n{mark_forced(tokenizer, samples[0][0])}")
-
 
 if __name__ == "__main__":
     try:

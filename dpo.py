@@ -5,19 +5,19 @@ Left out: how pairs are made (selftrain.py), other preference losses, label smoo
     python dpo.py        # one pair worked by hand
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from model import T5
-from sft import IGNORE, Schedule, autocast, micro_batches, print_log, token_logps, train
+from sft import IGNORE, Loss, Schedule, deal, micro_batches, place, token_logps, train
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
-
 
 @dataclass(frozen=True)
 class PreferencePair:
@@ -26,26 +26,22 @@ class PreferencePair:
     chosen: str
     rejected: str
 
-
 @dataclass(frozen=True)
 class PairExample:
-    """A preference pair as ids, each ending in EOS, and the reference's log-probabilities of both sides."""
+    """A preference pair as ids, each ending in EOS, and the reference's log-probabilities of chosen and rejected."""
     input_ids: tuple[int, ...]
     chosen: list[int]
     rejected: list[int]
-    reference_chosen_logp: float = float("nan")
-    reference_rejected_logp: float = float("nan")
+    reference_logps: tuple[float, float] = (math.nan, math.nan)
 
     def __len__(self) -> int:
         return len(self.input_ids) + len(self.chosen) + len(self.rejected)
-
 
 def make_pair_examples(pairs: Sequence[PreferencePair], tokenizer: Tokenizer) -> list[PairExample]:
     """Encode preference pairs; their reference log-probabilities come later."""
     encode, most = tokenizer.encode, MAX_RATIONALE
     ids = ((tuple(encode(p.question, MAX_QUESTION)), encode(p.chosen, most), encode(p.rejected, most)) for p in pairs)
     return [PairExample(*row) for row in ids]
-
 
 def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
     """log pi(y|x) of the chosen and of the rejected rationales, each (B,) fp32.
@@ -61,7 +57,6 @@ def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Ten
     logps = token_logps(model, states[rows], attention_mask[rows], labels.to(model.device)).sum(-1)  # (2B,)
     return logps.chunk(2)
 
-
 def dpo_loss(
     chosen_logps: Tensor, rejected_logps: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,45 +70,36 @@ def dpo_loss(
     rejected_rewards = beta * (rejected_logps - reference_rejected)
     return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
 
-
 def pair_loss(model: T5, pairs: Sequence[PairExample], beta: float) -> dict[str, Tensor]:
     """The loss of some pairs and the numbers that explain it, each summed over the pairs."""
-    reference = torch.tensor([(p.reference_chosen_logp, p.reference_rejected_logp) for p in pairs], device=model.device)
+    reference = torch.tensor([pair.reference_logps for pair in pairs], device=model.device)  # (B, 2)
     losses, chosen, rejected = dpo_loss(*sequence_logps(model, pairs), *reference.unbind(-1), beta)
     margin, right = chosen - rejected, (chosen > rejected).float()
     rewards = {"chosen_rewards": chosen, "rejected_rewards": rejected, "reward_margin": margin, "reward_accuracy": right}
     return {name: value.sum() for name, value in {"loss": losses, **rewards}.items()}
 
-
 @torch.no_grad()
 def add_reference_logps(reference: T5, pairs: Sequence[PairExample], max_tokens: int) -> list[PairExample]:
     """Score every pair with the reference once, before training, dropout off: no second model is held afterwards."""
-    reference.eval()
-    scored = {}
-    for piece in tqdm(micro_batches(pairs, max_tokens), desc="reference", unit="batch", disable=None):
-        with autocast(reference):
-            chosen, rejected = sequence_logps(reference, piece)
-        for pair, c, r in zip(piece, chosen.tolist(), rejected.tolist()):
-            scored[id(pair)] = replace(pair, reference_chosen_logp=c, reference_rejected_logp=r)
-    return [scored[id(pair)] for pair in pairs]
-
+    logps_of = Loss(reference.eval(), lambda model, pairs: torch.stack(sequence_logps(model, pairs), -1).tolist())
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]), reverse=True)  # that of micro_batches
+    logps = itertools.chain(*deal(micro_batches([pairs[i] for i in order], max_tokens), logps_of, "reference"))
+    scored = dict(zip(order, logps))
+    return [replace(pair, reference_logps=tuple(scored[i])) for i, pair in enumerate(pairs)]
 
 @torch.no_grad()
-def score(model: T5, pairs: Sequence[PairExample], beta: float, max_tokens: int) -> dict[str, float]:
+def score(loss: nn.Module, pairs: Sequence[PairExample], max_tokens: int) -> dict[str, float]:
     """Mean loss, rewards, margin and accuracy over pairs, without training on them; {} without pairs."""
-    sums: dict[str, float] = {}
-    for piece in micro_batches(pairs, max_tokens):
-        with autocast(model):
-            terms = pair_loss(model, piece, beta)
-        sums = {key: sums.get(key, 0.0) + value.item() for key, value in terms.items()}
-    return {key: value / len(pairs) for key, value in sums.items()}
-
+    pieces = micro_batches(pairs, max_tokens)
+    turns = pieces + pieces[:1] * (-len(pieces) % place()[1])  # as many for every process: a sharded model asks for it
+    terms = deal(turns, lambda piece: {key: value.item() for key, value in loss(piece).items()})[: len(pieces)]
+    return {key: sum(term[key] for term in terms) / len(pairs) for key in terms[0]} if terms else {}
 
 def train_dpo(
     policy: T5, pairs: Sequence[PairExample], held_out: Sequence[PairExample], n_steps: int, beta: float,
-    schedule: Schedule, name: str = "DPO", log: Callable[[dict], None] = print_log,
+    schedule: Schedule, name: str = "DPO", **options,
 ) -> T5:  # fmt: skip
-    """Train the policy in place for n_steps optimiser steps; it is its own reference at the start.
+    """Train the policy for n_steps optimiser steps; it is its own reference at the start. options: see `train`.
 
     Dropout stays off, so that policy and reference agree (in bf16 to rounding) and the first loss is log 2.
     DIFFERS: rewards are also measured on held_out pairs; the authors' code scores pairs it trains on.
@@ -121,12 +107,11 @@ def train_dpo(
     budget = schedule.micro_batch_tokens
     pairs, held_out = add_reference_logps(policy, pairs, budget), add_reference_logps(policy, held_out, budget)
 
-    def watch() -> dict[str, float]:
-        return {f"held_out_{key}": value for key, value in score(policy, held_out, beta, budget).items()}
+    def watch(loss: nn.Module) -> dict[str, float]:
+        return {f"held_out_{key}": value for key, value in score(loss, held_out, budget).items()}
 
     loss_of = partial(pair_loss, beta=beta)
-    return train(policy, pairs, n_steps, loss_of, lambda pair: 1, schedule, name, dropout=False, watch=watch, log=log)
-
+    return train(policy, pairs, n_steps, loss_of, lambda pair: 1, schedule, name, dropout=False, watch=watch, **options)
 
 if __name__ == "__main__":
     logps = (torch.tensor([logp]) for logp in (-11.0, -14.0, -12.0, -13.0))

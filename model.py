@@ -10,21 +10,22 @@ Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K 
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-PACK_FROM = 2**17  # numbers in a matrix
 START_ID = 0  # the decoder's first input: T5 starts from the padding id
-
+N_BUCKETS, MAX_DISTANCE = 32, 128  # of relative positions; in tokens, and all beyond share the last bucket
+PACK_FROM = 2**17  # numbers in a matrix
 
 @dataclass(frozen=True)
 class T5Config:
@@ -35,34 +36,21 @@ class T5Config:
     n_layers: int  # blocks in the encoder, and again in the decoder
     d_kv: int = 64  # width of one head; n_heads * d_kv need not equal d_model
     vocab_size: int = 32128
-    n_buckets: int = 32  # relative position buckets
-    max_distance: int = 128  # distances beyond this share the last bucket
     dropout: float = 0.1
     epsilon: float = 1e-6
 
+SIZES = {  # d_model, d_ff, n_heads, n_layers
+    "tiny": T5Config(128, 256, 4, 2, d_kv=32, vocab_size=768), "small": T5Config(512, 1024, 6, 8),
+    "base": T5Config(768, 2048, 12, 12), "large": T5Config(1024, 2816, 16, 24),
+    "xl": T5Config(2048, 5120, 32, 24), "xxl": T5Config(4096, 10240, 64, 24),
+}  # fmt: skip
 
-SIZES = {
-    "tiny": T5Config(d_model=128, d_ff=256, n_heads=4, n_layers=2, d_kv=32, vocab_size=768),
-    "small": T5Config(d_model=512, d_ff=1024, n_heads=6, n_layers=8),
-    "base": T5Config(d_model=768, d_ff=2048, n_heads=12, n_layers=12),
-    "large": T5Config(d_model=1024, d_ff=2816, n_heads=16, n_layers=24),
-    "xl": T5Config(d_model=2048, d_ff=5120, n_heads=32, n_layers=24),
-    "xxl": T5Config(d_model=4096, d_ff=10240, n_heads=64, n_layers=24),
-}
-
-
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Scale x (..., D) to unit root mean square: no mean is subtracted and no bias added. Computed in fp32."""
-    def __init__(self, size: int, epsilon: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.epsilon = epsilon
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.epsilon).to(self.weight.dtype)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(self.weight.dtype)
 
-
-def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets: int, max_distance: int) -> Tensor:
+def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets=N_BUCKETS, max_distance=MAX_DISTANCE) -> Tensor:
     """Sort signed distances (key position - query position, int64) into buckets 0..n_buckets-1, same shape.
 
     The nearest half of the buckets hold one distance each, the others grow logarithmically up to max_distance. The
@@ -78,7 +66,6 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets: i
     far = (exact + growth * (n_buckets - exact)).long().clamp(max=n_buckets - 1)
     return offset + torch.where(distance < exact, distance, far)
 
-
 class Linear(nn.Linear):
     """x W^T, without a bias; by the packed copy of W while there is one."""
     packed: Tensor | None = None
@@ -91,7 +78,6 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
-
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
     """Within this context dropout is off, and on a CPU fp32 products of few rows take half the time. Do not train in it.
@@ -101,10 +87,10 @@ def decoding(model: nn.Module) -> Iterator[None]:
     freezing, and where it is missing nothing is packed.
     """
     usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    layers, was_training = [layer for layer in model.modules() if isinstance(layer, Linear)], model.training
+    layers, was_training = [layer for layer in model.modules() if usable and isinstance(layer, Linear)], model.training
     try:
         model.eval()
-        for layer in layers if usable else []:  # the operator's own overhead does not pay for a small matrix
+        for layer in layers:  # the operator's own overhead does not pay for a small matrix
             if layer.weight.is_cpu and layer.weight.dtype == torch.float32 and layer.weight.numel() >= PACK_FROM:
                 layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
         yield
@@ -112,7 +98,6 @@ def decoding(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
         for layer in layers:
             layer.packed = None
-
 
 class Layout:
     """Where the N real tokens of a padded (B, T) batch stand. Only attention needs the padded form: everything else works
@@ -129,7 +114,6 @@ class Layout:
     def unpad(self, x: Tensor) -> Tensor:  # (B, T, D) or ids (B, T) -> (N, D) or (N,)
         x = x.flatten(0, 1)
         return x if self.places is None else x.index_select(0, self.places)
-
 
 class Attention(nn.Module):
     """Multi-head attention without biases. Keys and values come from outside, so one class serves all three uses."""
@@ -156,7 +140,6 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=1.0)
         return self.o(layout.unpad(mixed.transpose(1, 2).flatten(2)))  # (N, D)
 
-
 class GatedFeedForward(nn.Module):
     """down(gelu(gate(x)) * up(x)), with the tanh approximation of GELU. Source: Shazeer (2020), GEGLU."""
     def __init__(self, config: T5Config):
@@ -168,74 +151,55 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.dropout(F.gelu(self.gate(x), approximate="tanh") * self.up(x)))
 
-
-class EncoderBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): the norm sits inside the residual branch."""
-    def __init__(self, config: T5Config):
+class Block(nn.Module):
+    """x + attention(norm(x)), in the decoder again with attention to the source, then x + feed_forward(norm(x))."""
+    def __init__(self, config: T5Config, cross: bool):
         super().__init__()
-        self.self_attention_norm = RMSNorm(config.d_model, config.epsilon)
-        self.self_attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.d_model, config.epsilon)
-        self.feed_forward = GatedFeedForward(config)
+        norm, self.cross = partial(RMSNorm, config.d_model, config.epsilon), cross
+        self.self_attention_norm, self.self_attention = norm(), Attention(config)
+        self.feed_forward_norm, self.feed_forward = norm(), GatedFeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, layout: Layout, bias: Tensor) -> Tensor:
-        h = self.self_attention_norm(x)
-        x = x + self.dropout(self.self_attention(h, layout, *self.self_attention.keys_values(h, layout), bias))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-
-
-class DecoderBlock(EncoderBlock):
-    """An encoder block with cross-attention to the source between its two halves."""
-    def __init__(self, config: T5Config):
-        super().__init__(config)
-        self.cross_attention_norm = RMSNorm(config.d_model, config.epsilon)
-        self.cross_attention = Attention(config)
+        if cross:
+            self.cross_attention_norm, self.cross_attention = norm(), Attention(config)
 
     def forward(
-        self, x: Tensor, layout: Layout, bias: Tensor, source_bias: Tensor, states=None, source=None, cache=None, layer=0
+        self, x: Tensor, layout: Layout, bias: Tensor, source_bias=None, states=None, source=None, cache=None, layer=0
     ) -> Tensor:  # fmt: skip
-        """x (N, D). What it attends to comes as encoder states (M, D) in their Layout `source`, or else from layer `layer`
-        of a decode.KVCache, while x is one new token for each of its slots."""
+        """x (N, D). The source comes as encoder states (M, D) in their Layout `source`; or, while x is one new token for
+        each slot of a decode.KVCache, from layer `layer` of that, which also holds the keys and values of the past."""
         h = self.self_attention_norm(x)
         keys, values = self.self_attention.keys_values(h, layout)
         if cache:
             keys, values = cache.append(layer, keys, values)
         x = x + self.dropout(self.self_attention(h, layout, keys, values, bias))
-        # No position bias in cross-attention: source_bias holds only the padding mask.
-        keys, values = cache.cross[layer] if cache else self.cross_attention.keys_values(states, source)
-        x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), layout, keys, values, source_bias))
+        if self.cross:  # no position bias here: source_bias holds only the padding mask
+            keys, values = cache.cross[layer] if cache else self.cross_attention.keys_values(states, source)
+            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), layout, keys, values, source_bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-
 
 class Stack(nn.Module):
     """The blocks of one side, their shared relative position bias, and the final norm."""
-    def __init__(self, config: T5Config, block: type[nn.Module], bidirectional: bool):
+    def __init__(self, config: T5Config, decoder: bool):
         super().__init__()
-        self.config, self.bidirectional = config, bidirectional
+        self.bidirectional = not decoder
         # The public checkpoints keep this table in their first block; all blocks of the stack add the same bias.
-        self.relative_bias = nn.Embedding(config.n_buckets, config.n_heads)
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
+        self.relative_bias = nn.Embedding(N_BUCKETS, config.n_heads)
+        self.blocks = nn.ModuleList(Block(config, cross=decoder) for _ in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model, config.epsilon)
         self.dropout = nn.Dropout(config.dropout)
 
     def position_bias(self, distance: Tensor) -> Tensor:
         """Bias for signed distances (T, S) between key and query -> (1, H, T, S)."""
-        config = self.config
-        buckets = relative_position_bucket(distance, self.bidirectional, config.n_buckets, config.max_distance)
-        return self.relative_bias(buckets).permute(2, 0, 1)[None]
-
+        return self.relative_bias(relative_position_bucket(distance, self.bidirectional)).permute(2, 0, 1)[None]
 
 def mask_to_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """True -> 0, False -> bf16's lowest number (not -inf, which would turn a row without any True into NaN)."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
 
-
 def shift_right(labels: Tensor) -> Tensor:
     """Decoder inputs from labels (B, T) int64: START_ID first, the last dropped, ignored positions -> 0. Position t
     thus sees label t-1 and predicts label t: nothing downstream shifts again."""
     return F.pad(labels, (1, -1), value=START_ID).clamp(min=0)
-
 
 class T5(nn.Module):
     """Flan-T5: `encode` a question once, then `decode` a whole target or `step` through it token by token."""
@@ -243,9 +207,9 @@ class T5(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)  # used by both stacks, NOT by the head
-        self.encoder = Stack(config, EncoderBlock, bidirectional=True)
-        self.decoder = Stack(config, DecoderBlock, bidirectional=False)
+        self.encoder, self.decoder = Stack(config, decoder=False), Stack(config, decoder=True)
         self.lm_head = Linear(config.d_model, config.vocab_size)
+        self.gradient_checkpointing = False
         self.apply(self.initialise)
 
     def initialise(self, module: nn.Module) -> None:
@@ -261,6 +225,11 @@ class T5(nn.Module):
     def device(self) -> torch.device:
         return self.shared.weight.device
 
+    def run(self, part: Callable, *inputs):
+        """part(*inputs). With gradient checkpointing no more than the inputs is kept, and the part runs again on the way back."""
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        return checkpoint(part, *inputs, use_reentrant=False) if again else part(*inputs)
+
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Read questions: input_ids, attention_mask (B, S) int64, mask 1 on real tokens -> states (B, S, D)."""
         stack, layout = self.encoder, Layout(input_ids.shape, attention_mask)
@@ -269,7 +238,7 @@ class T5(nn.Module):
         bias = bias + mask_to_bias(attention_mask.bool(), bias.dtype)[:, None, None]  # (B, H, S, S)
         x = stack.dropout(self.shared(layout.unpad(input_ids)))  # (N, D)
         for block in stack.blocks:
-            x = block(x, layout, bias)
+            x = self.run(block, x, layout, bias)
         return layout.pad(stack.dropout(stack.final_norm(x)))
 
     def decode(self, decoder_input_ids: Tensor, states: Tensor, attention_mask: Tensor, real: Tensor | None = None) -> Tensor:
@@ -282,7 +251,7 @@ class T5(nn.Module):
         source_bias = mask_to_bias(attention_mask.bool(), states.dtype)[:, None, None]  # (B, 1, 1, S)
         x, states = stack.dropout(self.shared(layout.unpad(decoder_input_ids))), source.unpad(states)
         for block in stack.blocks:
-            x = block(x, layout, bias, source_bias, states, source)
+            x = self.run(block, x, layout, bias, source_bias, states, source)
         return stack.dropout(stack.final_norm(x))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
@@ -290,10 +259,10 @@ class T5(nn.Module):
         hidden = self.decode(decoder_input_ids, self.encode(input_ids, attention_mask), attention_mask)
         return self.lm_head(hidden).unflatten(0, decoder_input_ids.shape)
 
-    def cross_keys_values(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Every decoder layer's keys and values of encoder states (B, S, D), each (B, H, S, K)."""
-        layout = Layout(states.shape[:2])
-        return [block.cross_attention.keys_values(states.flatten(0, 1), layout) for block in self.decoder.blocks]
+    def cross_keys_values(self, states: Tensor) -> Tensor:
+        """Every decoder layer's keys and values of encoder states (B, S, D): (n_layers, 2, B, H, S, K)."""
+        x, layout = states.flatten(0, 1), Layout(states.shape[:2])
+        return torch.stack([torch.stack(block.cross_attention.keys_values(x, layout)) for block in self.decoder.blocks])
 
     def step(self, ids: Tensor, cache) -> Tensor:
         """Advance every slot of a decode.KVCache by one token: ids (B,) int64 -> logits (B, V) for the one after it."""
@@ -303,15 +272,12 @@ class T5(nn.Module):
             x = block(x, layout, bias, source_bias, cache=cache, layer=layer)
         return self.lm_head(self.decoder.final_norm(x))
 
-
-EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-UNUSED_NAME = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in some old T5 files
 PUBLIC_NAMES = {  # T5Config's name -> the name in config.json
     "d_model": "d_model", "d_ff": "d_ff", "d_kv": "d_kv", "n_heads": "num_heads", "n_layers": "num_layers",
     "vocab_size": "vocab_size", "dropout": "dropout_rate", "epsilon": "layer_norm_epsilon",
-    "n_buckets": "relative_attention_num_buckets", "max_distance": "relative_attention_max_distance",
 }  # fmt: skip
-
+EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+UNUSED_NAME = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in some old T5 files
 
 def checkpoint_name(name: str) -> str:
     """Translate a parameter's name here to its name in the public checkpoints."""
@@ -327,64 +293,53 @@ def checkpoint_name(name: str) -> str:
         name = name.replace("." + ours, "." + theirs)
     return name
 
-
-def read_json(path: Path) -> dict:
-    """Read one JSON object. Raises FileNotFoundError or ValueError, naming the file."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: name a folder that holds a Flan-T5 checkpoint")
-    with suppress(ValueError, RecursionError):
-        if isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
-            return content
-    raise ValueError(f"{path} does not hold a JSON object: fetch it again")
-
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file, in any of four libraries, becomes one sentence that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise ValueError(f"{path} is missing, damaged or not of a Flan-T5 ({reason}): fetch it, or name another folder") from None
 
 def read_config(folder: Path) -> T5Config:
     """Read config.json (public field names). Raises ValueError if it describes anything but a Flan-T5."""
-    path = folder / "config.json"
-    fields = read_json(path)
-    for name, wanted, default in (  # the defaults are those of T5 1.0
-        ("model_type", "t5", None), ("feed_forward_proj", "gated-gelu", "relu"), ("tie_word_embeddings", False, True),
-        ("num_decoder_layers", *[fields.get("num_layers")] * 2), ("relative_attention_num_buckets", 32, 32),
-        ("relative_attention_max_distance", 128, 128),
-    ):  # fmt: skip
-        if (found := fields.get(name, default)) != wanted:
-            raise ValueError(f"{path} has {name} = {found!r}, not {wanted!r}: only Flan-T5 (T5 v1.1) is supported")
-    values = {ours: fields.get(theirs, getattr(T5Config, ours, None)) for ours, theirs in PUBLIC_NAMES.items()}
-    for ours, value in values.items():
-        fraction, most = ours in ("dropout", "epsilon"), 99 if ours == "n_layers" else 2**20
-        if not (type(value) in (int, float) and 0 <= value < 1 if fraction else type(value) is int and 0 < value < most):
-            raise ValueError(f"{path} has {PUBLIC_NAMES[ours]} = {value!r}, which no Flan-T5 has")
+    with naming(folder / "config.json"):
+        fields = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        values = {ours: fields.get(theirs, getattr(T5Config, ours, None)) for ours, theirs in PUBLIC_NAMES.items()}
+        for name, wanted, default in (  # the defaults are those of T5 1.0
+            ("model_type", "t5", None), ("feed_forward_proj", "gated-gelu", "relu"), ("tie_word_embeddings", False, True),
+            ("num_decoder_layers", *[fields.get("num_layers")] * 2), ("relative_attention_num_buckets", *[N_BUCKETS] * 2),
+            ("relative_attention_max_distance", *[MAX_DISTANCE] * 2),
+        ):  # fmt: skip
+            if (found := fields.get(name, default)) != wanted:
+                raise ValueError(f"{name} is {found!r}, not {wanted!r}")
+        for ours, value in values.items():
+            fraction, most = ours in ("dropout", "epsilon"), 99 if ours == "n_layers" else 2**20
+            if not (type(value) in (int, float) and 0 <= value < 1 if fraction else type(value) is int and 0 < value < most):
+                raise ValueError(f"{PUBLIC_NAMES[ours]} is {value!r}")
     return T5Config(**values)
-
 
 def weight_files(folder: Path) -> list[Path]:
     """Find a checkpoint's weight files, or shards: .safetensors before .bin if that package is there."""
     for name in ("model.safetensors", "pytorch_model.bin")[:: 1 if importlib.util.find_spec("safetensors") else -1]:
-        index = folder / f"{name}.index.json"
         if (folder / name).exists():
             return [folder / name]
-        if index.exists():
-            shards = read_json(index).get("weight_map")
-            names = shards.values() if isinstance(shards, dict) else [None]
-            if not all(isinstance(name, str) and re.fullmatch(r"[\w-]+\.(bin|safetensors)", name) for name in names):
-                raise ValueError(f"{index} does not list weight files of its own folder: fetch the checkpoint again")
-            return [folder / name for name in sorted(set(names))]
+        if (index := folder / f"{name}.index.json").exists():
+            with naming(index):
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                if not all(re.fullmatch(r"[\w-]+\.(bin|safetensors)", shard) for shard in shards):
+                    raise ValueError("it does not list files of its own folder")
+                return [folder / shard for shard in shards]
     raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin: not a checkpoint")
-
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read one weight file without running any code in it. Raises ValueError, naming it."""
-    try:
+    with naming(path):
         if path.suffix == ".safetensors":
             return importlib.import_module("safetensors.torch").load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.detach() for name, tensor in tensors.items()}
-    except ModuleNotFoundError:
-        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
-    except Exception as error:  # each kind of damage has its own exception type, from four libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise ValueError(f"{path} is missing, damaged or not a checkpoint: fetch it again ({reason})") from None
-
 
 def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
     """Build a T5 from a folder in the public layout: config.json and the weights, stored in fp32, bf16 or fp16.
@@ -396,44 +351,43 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
         raise ValueError(f"{dtype} is not supported: T5 overflows in fp16, use torch.float32 or torch.bfloat16")
     with torch.device("meta"):  # no memory and no random start for weights that are replaced at once
         model = T5(read_config(Path(folder)))
-    wanted = {checkpoint_name(name): (name, parameter.shape) for name, parameter in model.state_dict().items()}
-    state = {}
+    wanted, state = {checkpoint_name(name): name for name in model.state_dict()}, {}
     for path in weight_files(Path(folder)):
-        for name, tensor in read_tensors(path).items():
-            public = EMBEDDING_NAMES[0] if name in EMBEDDING_NAMES else name  # one embedding under up to three names
-            ours, shape = wanted.get(public, (None, None))
-            if name == UNUSED_NAME:
-                continue
+        tensors = read_tensors(path)
+        tensors.pop(UNUSED_NAME, None)
+        for name, tensor in tensors.items():
+            ours = wanted.get(EMBEDDING_NAMES[0] if name in EMBEDDING_NAMES else name)  # it has up to three names
+            shape = model.get_parameter(ours).shape if ours else None
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise ValueError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, not {shape and list(shape)}")
-            tensor = tensor.to(dtype)
-            if ours in state and not torch.equal(state[ours], tensor):
+            if not torch.equal(state.setdefault(ours, tensor.to(dtype)), tensor.to(dtype)):
                 raise ValueError(f"{path} holds {name} twice, or differing embeddings ({', '.join(EMBEDDING_NAMES)})")
-            state[ours] = tensor
-    missing = [public for public, (ours, _) in wanted.items() if ours not in state]
-    if missing:
+    if missing := [public for public, ours in wanted.items() if ours not in state]:
         raise ValueError(f"{folder} lacks the tensor {missing[0]} (and {len(missing) - 1} more): fetch it again")
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()
 
-
 def save_flan_t5(model: T5, folder: str | Path) -> None:
-    """Write config.json and pytorch_model.bin in the public layout, in the model's own dtype, each file in one move."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write config.json and pytorch_model.bin in the public layout, in the model's own dtype. Raises OSError."""
     fields = {
-        "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True,
-        "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True,
+        "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": START_ID,
+        "relative_attention_num_buckets": N_BUCKETS, "relative_attention_max_distance": MAX_DISTANCE,
         "torch_dtype": str(model.shared.weight.dtype).removeprefix("torch."), "num_decoder_layers": model.config.n_layers,
         **{theirs: getattr(model.config, ours) for ours, theirs in PUBLIC_NAMES.items()},
     }  # fmt: skip
     tensors = {checkpoint_name(name): tensor.cpu() for name, tensor in model.state_dict().items()}
-    torch.save(tensors, folder / "pytorch_model.bin.partial")
-    os.replace(folder / "pytorch_model.bin.partial", folder / "pytorch_model.bin")
-    (folder / "config.json.partial").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / "config.json.partial", folder / "config.json")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    save_tensors(tensors, Path(folder, "pytorch_model.bin"))
 
+def save_tensors(content, path: Path) -> None:
+    """torch.save; but when the disk is full, raise the OSError that says so, not the RuntimeError that follows from it."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        raise error.__context__ or error from None
 
 if __name__ == "__main__":
     size = sys.argv[1] if len(sys.argv) > 1 else "small"

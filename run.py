@@ -9,21 +9,23 @@ The same command continues a run that was stopped: a stage whose result is in th
 import argparse
 import json
 import os
-import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from data.problems import Problem, load_problems, read_jsonl, write_jsonl, write_text
-from data.sources import DownloadError, fetch_datasets, fetch_flan_t5
+from data.folder import RunFolder
+from data.problems import Problem, load_problems, read_jsonl, write_text
+from data.sources import fetch_datasets, fetch_flan_t5
 from data.synthetic import TEST_SEED, make_problems
-from model import SIZES, T5, read_config, read_json, save_flan_t5
-from selftrain import Stages, self_train
-from sft import print_log
+from model import SIZES, read_config
+from selftrain import Stages, accuracies, self_train
+from sft import deal, place, print_log
 from tokenizer import Tokenizer, format_rationale
 
 TESTS = {"GSM8K": "gsm8k", "MultiArith": "multiarith", "ASDiv": "asdiv", "SVAMP": "svamp"}
@@ -32,59 +34,61 @@ PAPER = {  # table 2: greedy accuracy (%), calculator on
     "large": {"SFT": (30.8, 77.2, 38.1, 33.6), "ST": (35.6, 86.2, 42.5, 34.8), "DPO-ST": (37.4, 89.0, 42.8, 36.8)},
 }
 
-
-def number(paper: float, tiny: float, group: str, text: str):
-    """A hyper-parameter: its value in the paper, its value for --size tiny (our choice), and what it is."""
+def option(paper, tiny, group: str, text: str):
+    """A field of Config that is also a flag: its value in the paper, its value for --size tiny (our choice), what it is."""
     return field(default=paper, metadata={"tiny": tiny, "group": group, "help": text})
-
 
 @dataclass
 class Config:
     """Every number of a run. Sources in brackets.  DIFFERS: those of --size tiny are our choice."""
     size: str = "tiny"
     method: str = "dpo-st"
-    weights: str = ""
-    data: str = ""
+    weights: str = option("", "", "run", "a checkpoint folder; --size still chooses the numbers")
+    data: str = option("", "", "run", "a folder of datasets: gsm8k/train.jsonl, gsm8k/test.jsonl, ...")
     device: str = "cpu"
     calculator: bool = True
-    seed: int = number(42, 42, "run", "of data order, dropout and sampling [authors' code]")
-    limit: int = number(0, 0, "run", "use only the first N problems of every set; 0 for all")
-    rounds: int = number(3, 2, "method", "rounds of self-training [figure 5]")
-    dpo_samples: int = number(5, 5, "method", "rationales per question in the DPO step [section 4.2]")
-    sft_samples: int = number(3, 3, "method", "rationales per question in the SFT step [section 4.2]")
-    st_samples: int = number(8, 8, "method", "rationales per question and round for ST: as many as DPO-ST draws [ours]")
-    temperature: float = number(0.7, 0.7, "method", "sampling temperature [section 4.2]")
-    top_k: int = number(50, 50, "method", "sample among the k likeliest ids, 0 for all [authors' code, unsaid]")
-    max_similarity: float = number(0.7, 0.7, "method", "more alike than this are duplicates [authors' code]")
-    n_pairs: int = number(3, 3, "method", "preference pairs kept per question [authors' code]")
-    percentile: float = number(90, 90, "method", "caps the pseudo-labels per question [authors' code]")
-    max_new_tokens: int = number(300, 100, "method", "longest rationale in tokens [section 4.2]")
-    sft_epochs: int = number(8, 8, "SFT", "passes over the data [table 5]")
-    sft_learning_rate: float = number(3e-4, 1e-3, "SFT", "peak learning rate [table 5]")
-    sft_batch_size: int = number(96, 8, "SFT", "examples per optimiser step [table 5]")
-    dpo_steps: int = number(150, 100, "DPO", "optimiser steps [table 5]")
-    dpo_learning_rate: float = number(7e-7, 1e-4, "DPO", "peak learning rate [table 5]")
-    dpo_batch_size: int = number(96, 16, "DPO", "pairs per optimiser step [table 5]")
-    beta: float = number(0.1, 0.5, "DPO", "how strongly the policy is held to the reference [section 4.2]")
-    held_out: float = number(0.05, 0.05, "DPO", "part of the questions whose pairs are only scored [ours]")
-    warmup_ratio: float = number(0.1, 0.1, "training", "part of the steps with a rising rate [table 5]")
-    final_ratio: float = number(0.1, 0.1, "training", "the cosine ends at this part of the peak [authors' code]")
-    weight_decay: float = number(0.01, 0.01, "training", "of AdamW [appendix A]")
-    max_grad_norm: float = number(1.0, 1.0, "training", "gradient clipping [appendix A]")
-    micro_batch_tokens: int = number(2048, 2048, "training", "about the tokens per forward pass: a memory limit [ours]")
-    decode_batch_size: int = number(96, 256, "training", "rationales written at a time: a memory limit [ours]")
-    log_every: int = number(10, 20, "training", "optimiser steps between two printed lines [ours]")
-    n_labeled: int = number(0, 250, "problems of --size tiny", "labeled problems")
-    n_unlabeled: int = number(0, 1000, "problems of --size tiny", "other questions, with answers only")
-    n_test: int = number(0, 2000, "problems of --size tiny", "held-out problems")
+    gradient_checkpointing: bool = option(False, False, "training", "compute activations twice rather than keep them")
+    shard: bool = option(False, False, "training", "torchrun: spread every model over the processes, for xl and xxl")
+    seed: int = option(42, 42, "run", "of data order, dropout and sampling [authors' code]")
+    limit: int = option(0, 0, "run", "use only the first N problems of every set; 0 for all")
+    rounds: int = option(3, 2, "method", "rounds of self-training [figure 5]")
+    dpo_samples: int = option(5, 5, "method", "rationales per question in the DPO step [section 4.2]")
+    sft_samples: int = option(3, 3, "method", "rationales per question in the SFT step [section 4.2]")
+    st_samples: int = option(8, 8, "method", "rationales per question and round for ST: as many as DPO-ST draws [ours]")
+    temperature: float = option(0.7, 0.7, "method", "sampling temperature [section 4.2]")
+    top_k: int = option(50, 50, "method", "sample among the k likeliest ids, 0 for all [authors' code, unsaid]")
+    max_similarity: float = option(0.7, 0.7, "method", "more alike than this are duplicates [authors' code]")
+    n_pairs: int = option(3, 3, "method", "preference pairs kept per question [authors' code]")
+    percentile: float = option(90, 90, "method", "caps the pseudo-labels per question [authors' code]")
+    max_new_tokens: int = option(300, 100, "method", "longest rationale in tokens [section 4.2]")
+    sft_epochs: int = option(8, 8, "SFT", "passes over the data [table 5]")
+    sft_learning_rate: float = option(3e-4, 1e-3, "SFT", "peak learning rate [table 5]")
+    sft_batch_size: int = option(96, 8, "SFT", "examples per optimiser step [table 5]")
+    dpo_steps: int = option(150, 100, "DPO", "optimiser steps [table 5]")
+    dpo_learning_rate: float = option(7e-7, 1e-4, "DPO", "peak learning rate [table 5]")
+    dpo_batch_size: int = option(96, 16, "DPO", "pairs per optimiser step [table 5]")
+    beta: float = option(0.1, 0.5, "DPO", "how strongly the policy is held to the reference [section 4.2]")
+    held_out: float = option(0.05, 0.05, "DPO", "part of the questions whose pairs are only scored [ours]")
+    warmup_ratio: float = option(0.1, 0.1, "training", "part of the steps with a rising rate [table 5]")
+    final_ratio: float = option(0.1, 0.1, "training", "the cosine ends at this part of the peak [authors' code]")
+    weight_decay: float = option(0.01, 0.01, "training", "of AdamW [appendix A]")
+    max_grad_norm: float = option(1.0, 1.0, "training", "gradient clipping [appendix A]")
+    micro_batch_tokens: int = option(2048, 2048, "training", "about the tokens per forward pass: a memory limit [ours]")
+    decode_batch_size: int = option(96, 256, "training", "rationales written at a time: a memory limit [ours]")
+    save_every: float = option(10, 10, "training", "minutes between two saves inside a training [ours]")
+    timeout: float = option(30, 30, "training", "minutes to wait for another process of torchrun [ours]")
+    log_every: int = option(10, 20, "training", "optimiser steps between two printed lines [ours]")
+    n_labeled: int = option(0, 250, "problems of --size tiny", "labeled problems")
+    n_unlabeled: int = option(0, 1000, "problems of --size tiny", "other questions, with answers only")
+    n_test: int = option(0, 2000, "problems of --size tiny", "held-out problems")
 
-
-NUMBERS = [item for item in fields(Config) if item.metadata]
-
+OPTIONS = [item for item in fields(Config) if item.metadata]
+MAY_CHANGE = (  # when a run goes on: for more of it, or where memory or time ran short
+    "rounds", "method", "device", "gradient_checkpointing", "shard", "micro_batch_tokens", "decode_batch_size", "save_every", "timeout"
+)  # fmt: skip
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     """Read the command line -> the run's numbers and its folder."""
@@ -93,31 +97,27 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     parser.add_argument("--size", choices=SIZES, default="tiny", help="the model, and with it the defaults below")
     parser.add_argument("--method", choices=("dpo-st", "st", "both"), help="default: both for tiny, else dpo-st")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/SIZE-seed-SEED")
-    parser.add_argument("--weights", default="", metavar="DIR", help="a checkpoint; --size still chooses the numbers")
-    parser.add_argument("--data", default="", metavar="DIR", help="datasets: gsm8k/train.jsonl, gsm8k/test.jsonl, ...")
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    parser.add_argument("--device", choices=devices, default=devices[0], help="default here: %(default)s")
     parser.add_argument("--no-calculator", dest="calculator", action="store_false", help="when sampling")
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(n.metadata["group"] for n in NUMBERS)}
-    for item in NUMBERS:
-        tiny, letter = item.metadata["tiny"], "N" if item.type is int else "X"
-        default = f"(default {item.default:g})" if tiny == item.default else f"(default {item.default:g}; tiny: {tiny:g})"
-        text = f"{item.metadata['help']} {default}"
-        groups[item.metadata["group"]].add_argument(flag(item.name), type=item.type, metavar=letter, help=text)
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(o.metadata["group"] for o in OPTIONS)}
+    for item in OPTIONS:
+        tiny, paper = item.metadata["tiny"], item.default
+        default = "" if type(paper) in (bool, str) else f" (default {paper:g}{'' if tiny == paper else f'; tiny: {tiny:g}'})"
+        letter = {int: "N", float: "X", str: "DIR"}.get(item.type)
+        how = {"type": item.type, "metavar": letter} if letter else {"action": "store_true"}
+        groups[item.metadata["group"]].add_argument(flag(item.name), **how, help=item.metadata["help"] + default)
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
-    if args["device"] == "cuda" and not cuda:
-        parser.error("--device cuda: torch sees no GPU here; leave the flag out to run on the CPU")
-    for item in NUMBERS:
+    for item in OPTIONS:
         least = 1 if item.type is int and item.name not in ("seed", "limit", "rounds", "top_k") else 0
         if args[item.name] is None:
             args[item.name] = item.metadata["tiny"] if args["size"] == "tiny" else item.default
         most = {"percentile": 100, "held_out": 0.5, "warmup_ratio": 1}.get(item.name, 2**31)
-        if not (least <= args[item.name] <= most or args[item.name] == item.default):
+        if item.type in (int, float) and not (least <= args[item.name] <= most or args[item.name] == item.default):
             parser.error(f"{flag(item.name)} must be a number from {least} to {most}")
     args["method"] = args["method"] or ("both" if args["size"] == "tiny" else "dpo-st")
     return Config(**args), out or Path("runs") / f"{args['size']}-seed-{args['seed']}"
-
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
     """The labeled set L (rationales formatted), the unlabeled set U, and the test sets by name."""
@@ -127,7 +127,7 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, l
         seen = {problem.question for problem in train}
         tests = {"held-out": make_problems(config.n_test, seed=TEST_SEED, exclude=seen)}
     else:
-        folder = Path(config.data) if config.data else fetch_datasets()
+        folder = Path(config.data) if config.data else deal([None], fetch_datasets)[0]
         unlabeled = load_problems(folder / "gsm8k" / "train.jsonl")  # section 4.1: U is L without rationales
         labeled = [problem for problem in unlabeled if problem.rationale]
         paths = {name: folder / place / "test.jsonl" for name, place in TESTS.items()}
@@ -138,88 +138,77 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, l
     labeled = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in labeled[:first]]
     return labeled, unlabeled[:first], {name: problems[:first] for name, problems in tests.items()}
 
-
-class RunFolder:
-    """The files of a run. Each is written beside its place and renamed into it: what has its name is complete."""
-    def __init__(self, path: Path, config: Config, base: Path):
-        """Start or continue a run. Raises ValueError if the folder holds a run with other numbers."""
-        self.path, self.config, self.base = path, config, base
-        stored, wanted = path / "config.json", asdict(config)
-        before = read_json(stored) if stored.exists() else wanted
-        may_change = ("rounds", "method", "device", "decode_batch_size", "micro_batch_tokens")  # more of it, or memory
-        changed = [f"{flag(k)} {before.get(k)}" for k in wanted if k not in may_change and before.get(k) != wanted[k]]
-        if changed:
-            raise ValueError(f"{path} holds a run with {', '.join(changed)}: repeat that, or choose another --out")
-        write_text(json.dumps(wanted, indent=2) + "\n", stored)
-
-    def log(self, record: dict) -> None:
-        print_log(record)
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def keep_rows(self, name: str, make: Callable[[], list[dict]]) -> list[dict]:
-        path = self.path / f"{name}.jsonl"
-        if not path.exists():
-            write_jsonl(make(), path)
-        return read_jsonl(path)
-
-    def keep_model(self, name: str, make: Callable[[], T5]) -> Path:
-        folder = self.path / name
-        if not folder.exists():
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped here
-            save_flan_t5(make(), partial)
-            shutil.copy(self.base / "spiece.model", partial)
-            getattr(os, "sync", int)()  # or a power cut may keep the new name and lose the weights; Windows has none
-            os.replace(partial, folder)
-        return folder
-
-    def report(self) -> str:
-        """Gather the evaluations in results.json and results.md; return the table, in the shape of table 2."""
-        rounds = range(1, self.config.rounds + 1)
-        stages = {f"{method}/round-{n}": [method.upper(), n] for method in ("st", "dpo-st") for n in rounds}
-        results, lines = {}, []
-        for stage, label in {"warm-up": ["SFT", 0], **stages}.items():
-            path = self.path / stage / "evaluation.jsonl"
-            if path.exists():
-                results[stage] = {row["test"]: round(row["accuracy"], 2) for row in read_jsonl(path)}
-                lines.append(label + [f"{accuracy:.1f}" for accuracy in results[stage].values()])
-        tests = list(results["warm-up"])
-        for method, numbers in PAPER.get(self.config.size, {}).items():
-            cells = [dict(zip(TESTS, numbers)).get(test, "") for test in tests]
-            lines.append([f"{method}, paper", 0 if method == "SFT" else 3] + cells)
-        lines = [["method", "round", *tests], ["---"] * (len(tests) + 2), *lines]
-        table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-        title = f"Greedy accuracy (%), Flan-T5 {self.config.size}, seed {self.config.seed}:\n\n"
-        write_text(json.dumps(results, indent=2) + "\n", self.path / "results.json")
-        write_text(title + table, self.path / "results.md")
-        return title + table
-
+def report(config: Config, folder: RunFolder) -> str:
+    """Gather the evaluations in results.json and results.md; return the table, in the shape of table 2."""
+    stages = {f"{method}/round-{n + 1}": [method.upper(), n + 1] for method in ("st", "dpo-st") for n in range(config.rounds)}
+    results, lines = {}, []
+    for stage, label in {"warm-up": ["SFT", 0], **stages}.items():
+        if path := folder.find(f"{stage}/evaluation.jsonl"):
+            results[stage] = {test: round(accuracy, 2) for test, accuracy in accuracies(read_jsonl(path)).items()}
+            lines.append(label + [f"{accuracy:.1f}" for accuracy in results[stage].values()])
+    tests = list(results["warm-up"])
+    for method, numbers in PAPER.get(config.size, {}).items():
+        cells = [dict(zip(TESTS, numbers)).get(test, "") for test in tests]
+        lines.append([f"{method}, paper", 0 if method == "SFT" else 3] + cells)
+    lines = [["method", "round", *tests], ["---"] * (len(tests) + 2), *lines]
+    table = f"Greedy accuracy (%), Flan-T5 {config.size}, seed {config.seed}:\n\n"
+    table += "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    write_text(json.dumps(results, indent=2) + "\n", folder.path / "results.json")
+    write_text(table, folder.path / "results.md")
+    return table
 
 def main() -> None:
     config, out = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever is asked to end is stopped as by Ctrl-C
     torch.set_flush_denormal(True)  # barely trained models produce denormal numbers, which are many times slower
     torch.backends.cuda.matmul.allow_tf32 = True  # authors' code
-    bundled = Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else None
-    base = Path(config.weights) if config.weights else bundled or fetch_flan_t5(config.size)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's word for the number of processes
+        if config.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(minutes=config.timeout))  # gloo between CPUs, NCCL between GPUs
+    rank, n = place()
+    bundled = config.weights or (Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else "")
+    base = Path(bundled or deal([config.size], fetch_flan_t5)[0])
     labeled, unlabeled, tests = load_data(config)
     tokenizer = Tokenizer(base)
-    if tokenizer.vocab_size > read_config(base).vocab_size:
-        raise ValueError(f"{base} has a vocabulary of {tokenizer.vocab_size} ids, more than its model knows")
-    folder = RunFolder(out, config, base)
-    print(f"Flan-T5 {config.size} on {config.device}: {len(labeled)} labeled, {len(unlabeled)} unlabeled -> {out}")
-    began = time.perf_counter()
-    stages = Stages(base, tokenizer, config, folder.keep_rows, folder.keep_model, folder.log)
-    for method in ("st", "dpo-st") if config.method == "both" else (config.method,):
-        model = self_train(method, labeled, unlabeled, tests, config, stages)
-    print(f"\n{folder.report()}\n{time.perf_counter() - began:,.0f} s. Next: decode.py --checkpoint {model} 'QUESTION'")
+    if not 0 <= (known := read_config(base).vocab_size) - tokenizer.vocab_size < 128:  # T5 rounds up to a multiple of 128
+        raise ValueError(f"{base} has a vocabulary of {tokenizer.vocab_size} ids for a model of {known}: fetch spiece.model again")
+    folder = RunFolder(out)
+    deal([asdict(config)], lambda config: folder.open(config, MAY_CHANGE))
 
+    def log(record: dict) -> None:
+        if rank == 0:
+            print_log(record)
+            folder.log(record)
+
+    began = time.perf_counter()
+    if rank == 0:
+        print(f"Flan-T5 {config.size} on {n} x {config.device}: {len(labeled)} labeled, {len(unlabeled)} unlabeled -> {out}")
+    for method in ("st", "dpo-st") if config.method == "both" else (config.method,):
+        model = self_train(method, labeled, unlabeled, tests, config, Stages(base, tokenizer, config, folder, log))
+    if rank == 0:
+        seconds = time.perf_counter() - began
+        print(f"\n{report(config, folder)}\n{seconds:,.0f} s. Next: decode.py --checkpoint {model} 'QUESTION'")
 
 if __name__ == "__main__":
+    code = 0
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nrun.py: stopped; the same command continues with the stage it was in")
-    except (ValueError, OSError, DownloadError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"run.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        print("\nrun.py: stopped; the same command continues where it was", file=sys.stderr)
+        code = 130
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        problem, advice, code = " ".join(str(error).split()), "", 2
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in problem:
+            advice = ": lower --micro-batch-tokens (training) or --decode-batch-size (sampling); the same command continues"
+        elif "gloo" in problem or isinstance(error, dist.DistError):
+            problem, advice = "another process has ended, or has not answered", f" ({problem[:150]}); the same command continues"
+        elif isinstance(error, RuntimeError):
+            raise
+        elif getattr(error, "errno", None):  # the system refused something: disk full, no right to write
+            advice = ": mend that, and the same command continues"
+        print(f"run.py: {problem}{advice}", file=sys.stderr)
+    if place()[1] > 1:  # out by the back door: on the usual way gloo's threads often abort the process (pytorch #179291)
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

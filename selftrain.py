@@ -7,23 +7,26 @@ Left out: tensors (model, decode, sft, dpo) and files (run.py keeps what each st
 
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.problems import Problem
-from decode import Sample, generate
+from data.problems import Problem, read_jsonl, write_jsonl
+from decode import generate
 from dpo import PreferencePair, make_pair_examples, train_dpo
-from model import T5, load_flan_t5
-from sft import Schedule, make_examples, train_sft
+from model import T5, load_flan_t5, save_flan_t5
+from sft import Progress, Schedule, deal, make_examples, place, train_sft
 from tokenizer import Tokenizer
 
 MAX_SIMILARITY, N_PAIRS, PERCENTILE = 0.7, 3, 90  # authors' code
+PART = 512  # rationales that are dealt out, and kept, at a time
 ANSWER = re.compile(r"#+ (-?[0-9.,]+)")
-
+Samples = Sequence[Sequence[str]]  # the rationales that were drawn, question by question
 
 def extract_answer(rationale: str) -> float | None:
     """The last `#### NUMBER` as a number, None when there is none. Source: authors' code, eval_sampling.py."""
@@ -34,12 +37,10 @@ def extract_answer(rationale: str) -> float | None:
         return None
     return answer if math.isfinite(answer) else None
 
-
 def is_correct(rationale: str, answer: float) -> bool:
     """Whether the rationale reaches the gold answer.  DIFFERS: one tolerance everywhere; the authors use two."""
     predicted = extract_answer(rationale)
     return predicted is not None and abs(predicted - answer) < 1e-4
-
 
 def split_samples(rationales: Sequence[str], answer: float) -> tuple[list[str], list[str]]:
     """Sort one question's samples into correct and incorrect ones, exact duplicates dropped, order kept."""
@@ -47,16 +48,9 @@ def split_samples(rationales: Sequence[str], answer: float) -> tuple[list[str], 
     correct = [rationale for rationale in distinct if is_correct(rationale, answer)]
     return correct, [rationale for rationale in distinct if rationale not in correct]
 
-
-def accuracy(rationales: Sequence[str], problems: Sequence[Problem]) -> float:
-    """Percentage of problems solved; one rationale per problem."""
-    return 100 * sum(is_correct(r, p.answer) for r, p in zip(rationales, problems, strict=True)) / len(problems)
-
-
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     """Similarity |a & b| / |a | b| of two sets of tokenizer pieces, 1 when both are empty."""
     return len(a & b) / len(a | b) if a or b else 1.0
-
 
 def deduplicate(rationales: Iterable[str], tokenizer: Tokenizer, max_similarity: float = MAX_SIMILARITY) -> list[str]:
     """Keep a rationale only if it is at most max_similarity alike to every one kept before it."""
@@ -67,10 +61,8 @@ def deduplicate(rationales: Iterable[str], tokenizer: Tokenizer, max_similarity:
             kept.append((rationale, pieces))
     return [rationale for rationale, _ in kept]
 
-
 def make_pairs(
-    problems: Sequence[Problem], samples: Sequence[Sequence[str]], tokenizer: Tokenizer,
-    max_similarity: float = MAX_SIMILARITY, n_pairs: int = N_PAIRS,
+    problems: Sequence[Problem], samples: Samples, tokenizer: Tokenizer, max_similarity=MAX_SIMILARITY, n_pairs=N_PAIRS
 ) -> list[PreferencePair]:  # fmt: skip
     """Pair correct with incorrect rationales; samples[i] are all rationales drawn so far for problems[i].
 
@@ -88,10 +80,8 @@ def make_pairs(
         pairs += [PreferencePair(problem.question, *pair) for pair in both[:n_pairs]]
     return pairs
 
-
 def make_pseudo_labels(
-    problems: Sequence[Problem], samples: Sequence[Sequence[str]], tokenizer: Tokenizer,
-    max_similarity: float = MAX_SIMILARITY, percentile: float = PERCENTILE,
+    problems: Sequence[Problem], samples: Samples, tokenizer: Tokenizer, max_similarity=MAX_SIMILARITY, percentile=PERCENTILE
 ) -> list[Problem]:  # fmt: skip
     """Turn correct rationales into training problems, the gold rationale first: L + S_a where U and L share questions.
 
@@ -104,7 +94,6 @@ def make_pseudo_labels(
     counts = [len(rationales) for rationales in kept if rationales]
     most = int(np.percentile(counts, percentile)) if counts else 0
     return [replace(p, rationale=rationale) for p, rationales in zip(problems, kept) for rationale in rationales[:most]]
-
 
 def self_train(method: str, labeled: Sequence[Problem], unlabeled: Sequence[Problem], tests: dict, config, stages) -> Path:
     """Run Algorithm 1 (method "st") or Algorithm 2 (method "dpo-st"); return the last model's folder.
@@ -136,28 +125,43 @@ def self_train(method: str, labeled: Sequence[Problem], unlabeled: Sequence[Prob
         stages.evaluate(f"{here}/evaluation", model, tests)
     return model
 
-
 class Stages:
-    """The pieces of work in `self_train`. A model passes between them as the folder of its checkpoint.
-
-    keep_rows(name, make) and keep_model(name, make) return what is stored under a name, and call make only when nothing
-    is; log(record) writes one line.
-    """
-    def __init__(self, base: Path, tokenizer: Tokenizer, config, keep_rows: Callable, keep_model: Callable, log: Callable):
-        self.base, self.tokenizer, self.config = base, tokenizer, config
-        self.keep_rows, self.keep_model, self.log = keep_rows, keep_model, log
+    """The pieces of work in `self_train`. What one makes is kept under its name in a data.folder.RunFolder, and a run that
+    was stopped finds it there. A model passes as the folder of its checkpoint. Under torchrun every process goes through
+    all stages, the work inside a stage is shared, and process 0 writes."""
+    def __init__(self, base: Path, tokenizer: Tokenizer, config, folder, log: Callable[[dict], None]):
+        self.base, self.tokenizer, self.config, self.folder, self.log = base, tokenizer, config, folder, log
         same = {item.name: getattr(config, item.name) for item in fields(Schedule)[2:]}
         self.sft_schedule = Schedule(config.sft_learning_rate, config.sft_batch_size, **same)
         self.dpo_schedule = Schedule(config.dpo_learning_rate, config.dpo_batch_size, **same)
 
+    def keep_model(self, name: str, start: Path, train: Callable[..., T5]) -> Path:
+        """Train the checkpoint in `start` unless that is done; return the folder of the result."""
+        if not self.folder.find(f"{name}/"):
+            progress = Progress(self.folder, name, self.config.save_every)
+            model = train(load_flan_t5(start, device=self.config.device), name=name, log=self.log, progress=progress)
+            save = lambda path: (save_flan_t5(model, path), shutil.copy(self.base / "spiece.model", path))
+            deal([0], lambda _: self.folder.write(name, save, replaces=f"{name}.step-"))
+        return self.folder.path / name
+
+    def keep_rows(self, name: str, work: Sequence, do: Callable[..., list[dict]], summary: Callable[[list], dict]) -> list[dict]:
+        """The rows that do(piece) gives for all pieces of work. Pieces that are done are kept even if the next ones are not."""
+        folder, path, n = self.folder, self.folder.path / f"{name}.jsonl", place()[1]
+        if not folder.find(f"{name}.jsonl"):
+            parts = [f"{name}.parts/{i:04}.jsonl" for i in range(len(work))]
+            missing = [i for i, part in enumerate(parts) if not folder.find(part)]
+            for turn in (missing[at : at + n] for at in range(0, len(missing), n)):
+                done = deal([work[i] for i in turn], do)
+                deal([0], lambda _: [folder.write(parts[i], partial(write_jsonl, rows)) for i, rows in zip(turn, done)])
+            join = lambda path: write_jsonl((row for part in parts for row in read_jsonl(folder.path / part)), path)
+            deal([0], lambda _: folder.write(f"{name}.jsonl", join, replaces=f"{name}.parts"))
+            self.log({"stage": name, **summary(read_jsonl(path))})
+        return read_jsonl(path)
+
     def sft(self, name: str, problems: Sequence[Problem]) -> Path:
         """Supervised fine-tuning, always from the original weights."""
-
-        def make() -> T5:
-            model, examples = load_flan_t5(self.base, device=self.config.device), make_examples(problems, self.tokenizer)
-            return train_sft(model, examples, self.config.sft_epochs, self.sft_schedule, name, self.log)
-
-        return self.keep_model(name, make)
+        how = {"n_epochs": self.config.sft_epochs, "schedule": self.sft_schedule}
+        return self.keep_model(name, self.base, partial(train_sft, examples=make_examples(problems, self.tokenizer), **how))
 
     def dpo(self, name: str, policy: Path, pairs: Sequence[PreferencePair]) -> Path:
         """DPO from `policy`; the pairs of the first few questions are held out, to be scored only."""
@@ -168,64 +172,64 @@ class Stages:
         if not examples:
             self.log({"stage": name, "skipped": "no question has both a correct and an incorrect rationale"})
             return policy
+        how = {"n_steps": self.config.dpo_steps, "beta": self.config.beta, "schedule": self.dpo_schedule}
+        return self.keep_model(name, policy, partial(train_dpo, pairs=examples, held_out=held_out, **how))
 
-        def make() -> T5:
-            c, model = self.config, load_flan_t5(policy, device=self.config.device)
-            return train_dpo(model, examples, held_out, c.dpo_steps, c.beta, self.dpo_schedule, name, self.log)
-
-        return self.keep_model(name, make)
-
-    def generate(self, folder: Path, problems: Sequence[Problem], title: str, **options) -> list[list[Sample]]:
+    def write_rationales(self, name: str, model: Path, work: Sequence[tuple], summary: Callable) -> list[dict]:
+        """Rationales of a checkpoint, a row for each problem. A piece of work: what its rows begin with, its problems, and
+        options of `generate`. The pieces, so the batches, so every rationale to the byte, are the same however many
+        processes there are and wherever a run was stopped."""
         c = self.config
-        model = load_flan_t5(folder, torch.bfloat16 if c.device == "cuda" else torch.float32, c.device)
-        options = {"max_new_tokens": c.max_new_tokens, "batch_size": c.decode_batch_size, "progress": title} | options
-        return generate(model, self.tokenizer, [problem.question for problem in problems], **options)
+        load = cache(lambda: load_flan_t5(model, torch.bfloat16 if c.device == "cuda" else torch.float32, c.device))
+
+        def do(piece: tuple[int, tuple]) -> list[dict]:
+            number, (begin, problems, options) = piece
+            options = {**options, "max_new_tokens": c.max_new_tokens, "batch_size": c.decode_batch_size}
+            title = None if place()[0] else f"{name} {number}/{len(work)}"
+            written = generate(load(), self.tokenizer, [p.question for p in problems], progress=title, **options)
+            rows = ({"rationales": [s.text for s in row], "finished": [s.finished for s in row]} for row in written)
+            return [{**begin, "question": p.question, "answer": p.answer, **row} for p, row in zip(problems, rows)]
+
+        return self.keep_rows(name, [*enumerate(work, 1)], do, summary)
 
     def sample(self, name: str, model: Path, problems: Sequence[Problem], n_samples: int) -> list[list[str]]:
         """n_samples rationales per problem at the sampling temperature."""
-
-        def make() -> list[dict]:
-            c = self.config
-            options = {"n_samples": n_samples, "temperature": c.temperature, "top_k": c.top_k, "calculator": c.calculator}
-            samples = self.generate(model, problems, name, seed=f"{c.seed}/{name}", **options)
-            rationales = [[sample.text for sample in row] for row in samples]
-            solved = sum(is_correct(r, p.answer) for p, row in zip(problems, rationales) for r in row)
-            self.log({"stage": name, "rationales": n_samples * len(problems), "correct": solved})
-            return [{"question": p.question, "rationales": row} for p, row in zip(problems, rationales)]
-
-        return [row["rationales"] for row in self.keep_rows(name, make)]
-
-    def pairs(self, name: str, problems: Sequence[Problem], samples: Sequence[Sequence[str]]) -> list[PreferencePair]:
-        rules = self.config.max_similarity, self.config.n_pairs
-        return self.keep(name, PreferencePair, lambda: make_pairs(problems, samples, self.tokenizer, *rules))
-
-    def pseudo_labels(self, name: str, problems: Sequence[Problem], samples: Sequence[Sequence[str]]) -> list[Problem]:
-        rules = self.config.max_similarity, self.config.percentile
-        return self.keep(name, Problem, lambda: make_pseudo_labels(problems, samples, self.tokenizer, *rules))
-
-    def keep(self, name: str, kind: type, make: Callable[[], list]) -> list:
-        def make_rows() -> list[dict]:
-            made = make()
-            self.log({"stage": name, "kept": len(made), "questions": len({item.question for item in made})})
-            return [asdict(item) for item in made]
-
-        return [kind(**row) for row in self.keep_rows(name, make_rows)]
+        c, how = self.config, {"n_samples": n_samples, "seed": f"{self.config.seed}/{name}"}
+        how |= {name: getattr(c, name) for name in ("temperature", "top_k", "calculator")}
+        correct = lambda rows: sum(is_correct(text, row["answer"]) for row in rows for text in row["rationales"])
+        count = lambda rows: {"rationales": n_samples * len(rows), "correct": correct(rows)}
+        work = [({}, part, how) for part in cut(problems, n_samples)]
+        return [row["rationales"] for row in self.write_rationales(name, model, work, count)]
 
     def evaluate(self, name: str, model: Path, tests: dict[str, Sequence[Problem]]) -> None:
-        """Greedy accuracy (%) on every test set, and on the first one without the calculator too."""
+        """Greedy rationales on every test set, and on the first one without the calculator too."""
+        sets = [(test, True) for test in tests] + [(test, False) for test in [*tests][:1]]
+        work = [({"test": t, "calculator": on}, part, {"calculator": on}) for t, on in sets for part in cut(tests[t])]
+        self.write_rationales(name, model, work, accuracies)
 
-        def make() -> list[dict]:
-            rows, first = [], next(iter(tests))
-            written = self.generate(model, [problem for problems in tests.values() for problem in problems], name)
-            texts = iter([*written, *self.generate(model, tests[first], name, calculator=False)])
-            for title, problems in (*tests.items(), (f"{first} without calculator", tests[first])):
-                rationales = [next(texts)[0].text for _ in problems]
-                rows.append({"test": title, "accuracy": accuracy(rationales, problems), "rationales": rationales})
-            self.log({"stage": name, **{row["test"]: row["accuracy"] for row in rows}})
-            return rows
+    def pairs(self, name: str, problems: Sequence[Problem], samples: Samples) -> list[PreferencePair]:
+        return self.keep(name, PreferencePair, make_pairs, problems, samples, self.config.n_pairs)
 
-        self.keep_rows(name, make)
+    def pseudo_labels(self, name: str, problems: Sequence[Problem], samples: Samples) -> list[Problem]:
+        return self.keep(name, Problem, make_pseudo_labels, problems, samples, self.config.percentile)
 
+    def keep(self, name: str, kind: type, make: Callable[..., list], problems, samples: Samples, limit: float) -> list:
+        made = lambda _: [*map(asdict, make(problems, samples, self.tokenizer, self.config.max_similarity, limit))]
+        count = lambda rows: {"kept": len(rows), "questions": len({row["question"] for row in rows})}
+        return [kind(**row) for row in self.keep_rows(name, [0], made, count)]
+
+def cut(problems: Sequence, n_samples: int = 1) -> list[Sequence]:
+    """Cut problems into parts of about equal size, for at most PART rationales each."""
+    n = max(1, math.ceil(len(problems) / max(1, PART // n_samples)))
+    return [problems[len(problems) * i // n : len(problems) * (i + 1) // n] for i in range(n)]
+
+def accuracies(rows: Sequence[dict]) -> dict[str, float]:
+    """Percentage of problems solved, by test."""
+    solved: dict[str, list[bool]] = {}
+    for row in rows:
+        name = row["test"] + ("" if row["calculator"] else " without calculator")
+        solved.setdefault(name, []).append(is_correct(row["rationales"][0], row["answer"]))
+    return {name: 100 * sum(right) / len(right) for name, right in solved.items()}
 
 if __name__ == "__main__":
     tokenizer = Tokenizer(Path(__file__).parent / "data" / "tiny")
@@ -235,8 +239,7 @@ if __name__ == "__main__":
         "Tom has 3 * 4 = [ 3 * 4 = 12] 12 pens. Now 12 - 2 = [ 12 - 2 = 10] 10 are left. #### 10",
         "Tom has 3 + 4 = [ 3 + 4 = 7] 7 pens. He has 7 - 2 = [ 7 - 2 = 5] 5 left. #### 5",
     ]
-    verdicts = [f"{'in' * (not is_correct(text, problem.answer))}correct: {text}" for text in samples]
-    pairs = [f"chosen: {p.chosen}\n  rejected: {p.rejected}" for p in make_pairs([problem], [samples], tokenizer)]
-    labels = [label.rationale for label in make_pseudo_labels([problem], [samples], tokenizer)]
-    for title, lines in ((problem.question, verdicts), ("Preference pairs:", pairs), ("Pseudo-labels:", labels)):
-        print(title, *lines, sep="\n  ")
+    print(problem.question, *(f"{'' if is_correct(text, 10) else 'in'}correct: {text}" for text in samples), sep="\n  ")
+    pairs, labels = (make([problem], [samples], tokenizer) for make in (make_pairs, make_pseudo_labels))
+    print("Preference pairs:", *(f"chosen: {pair.chosen}\n  rejected: {pair.rejected}" for pair in pairs), sep="\n  ")
+    print("Pseudo-labels:", *(label.rationale for label in labels), sep="\n  ")

@@ -1,6 +1,6 @@
-"""Text to ids and back: SentencePiece, the 100 sentinels of T5, and the spelling of rationales (paper, section 4.1).
+"""Text to ids and back: SentencePiece, and the spelling of rationales (paper, section 4.1).
 
-Left out: other special tokens, and normalisation (SentencePiece brings its own).
+Left out: special tokens written out in text, as `<extra_id_0>`, and normalisation (SentencePiece brings its own).
 
     python tokenizer.py        # a rationale in GSM8K's spelling, in T5's, and in pieces
 """
@@ -16,9 +16,8 @@ PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 N_SENTINELS = 100
 MAX_QUESTION, MAX_RATIONALE = 200, 300  # authors' code: longer texts are cut (tokens)
 
-
 class Tokenizer:
-    """T5's tokenizer: the pieces of spiece.model, then <extra_id_99> ... <extra_id_0>, which count down to the end."""
+    """T5's tokenizer: the pieces of spiece.model, and behind them 100 sentinels, which only pre-training uses."""
     def __init__(self, path: str | Path):
         """path: a spiece.model, or the checkpoint folder that holds one. Raises FileNotFoundError or ValueError."""
         path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
@@ -35,25 +34,11 @@ class Tokenizer:
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Turn text into ids that end in EOS, at most max_length of them (the EOS stays when text is cut)."""
-        first, *rest = re.split(r"<extra_id_(\d|[1-9]\d)>", text)
-        ids = self.pieces.encode(first)
-        for n, part in zip(rest[::2], rest[1::2]):
-            space = self.pieces.piece_to_id("▁") if first[-1:].isspace() else None  # the public tokenizer keeps it
-            ids += [i for i in (space, self.vocab_size - 1 - int(n), *self.pieces.encode(part)) if i is not None]
-            first = part
-        return ids[: max_length - 1 if max_length else None] + [EOS_ID]
+        return self.pieces.encode(text)[: max_length - 1 if max_length else None] + [EOS_ID]
 
     def decode(self, ids: list[int]) -> str:
-        """Turn ids into text. Padding, EOS and ids without a piece (the model's table is larger) vanish."""
-        text, run = "", []
-        for i in [*ids, EOS_ID]:
-            if EOS_ID < i < self.n_pieces:
-                run.append(i)
-                continue
-            text, run = text + self.pieces.decode(run), []
-            if self.n_pieces <= i < self.vocab_size:
-                text += f"<extra_id_{self.vocab_size - 1 - i}>"
-        return text
+        """Turn ids into text. Padding, EOS, sentinels and ids without a piece (the model's table is larger) vanish."""
+        return self.pieces.decode([i for i in ids if EOS_ID < i < self.n_pieces])
 
     def piece(self, i: int) -> str:
         """The text of one id as it appears inside a sentence (a leading space where the piece has one), or ''."""
@@ -63,7 +48,6 @@ class Tokenizer:
         """The distinct pieces of a text, by which similarity is measured."""
         return frozenset(self.pieces.encode(text, out_type=str))
 
-
 def pad_batch(rows: list[list[int]], padding: int = PAD_ID) -> tuple[Tensor, Tensor]:
     """Stack rows of ids to the right-padded (B, longest) int64, with a mask of the same shape: 1 on real ids."""
     longest = max(len(row) for row in rows)
@@ -71,10 +55,8 @@ def pad_batch(rows: list[list[int]], padding: int = PAD_ID) -> tuple[Tensor, Ten
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     return ids, mask
 
-
 # Signs that T5's vocabulary lacks.  DIFFERS: the authors let them become <unk>; here the arithmetic stays readable.
 KNOWN_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "½": "1/2", "¼": "1/4", "¾": "3/4", "`": "'"})
-
 
 def format_rationale(text: str) -> str:
     """Respell a GSM8K rationale in T5's vocabulary, which has neither `<<` nor line breaks.
@@ -90,7 +72,6 @@ def format_rationale(text: str) -> str:
     for sign in "+-*/=":
         text = re.sub(rf"(\S)\{sign}(\S)", rf"\1 {sign} \2", text)
     return " ".join(line if line.startswith("##") or line.endswith(".") else line + "." for line in text.split("\n"))
-
 
 if __name__ == "__main__":
     raw = "Tom sold 48/2 = <<48/2=24>>24 cards.\nHe has 90-24 = <<90-24=66>>66 left.\n#### 66"

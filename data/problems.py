@@ -17,7 +17,6 @@ from pathlib import Path
 
 NUMBER = re.compile(r"-?([0-9][0-9,]*\.?[0-9]*|\.[0-9]+)")
 
-
 @dataclass(frozen=True)
 class Problem:
     """A question, its gold answer and, where there is one, a rationale: in files GSM8K's raw text with its `#### 24` line."""
@@ -26,7 +25,6 @@ class Problem:
     answer: float
     rationale: str | None = None
 
-
 def load_problems(path: str | Path) -> list[Problem]:
     """Read a dataset. Raises ValueError for an empty file or a bad line, FileNotFoundError for a missing file."""
     problems = _parse_lines(path, _to_problem)
@@ -34,16 +32,13 @@ def load_problems(path: str | Path) -> list[Problem]:
         raise ValueError(f"{path} holds no problem; write one JSON object per line, with question and answer.")
     return problems
 
-
 def read_jsonl(path: str | Path) -> list[dict]:
     """Read a file of one JSON object per line. Raises ValueError or FileNotFoundError as `load_problems` does."""
     return _parse_lines(path, dict)
 
-
 def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
     """Write one JSON object per line; the same rows always give the same bytes."""
     write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
-
 
 def write_text(text: str, path: str | Path) -> None:
     """Write `text` (UTF-8) beside `path` and rename it into place, so that no reader ever meets half a file."""
@@ -57,7 +52,6 @@ def write_text(text: str, path: str | Path) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)  # after a failure, Ctrl-C included; after success it is gone already
-
 
 def _parse_lines(path: str | Path, parse: Callable) -> list:
     if not Path(path).is_file():
@@ -75,7 +69,6 @@ def _parse_lines(path: str | Path, parse: Callable) -> list:
             raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from None  # msg: JSON's reason alone
     return parsed
 
-
 def _to_problem(row: dict) -> Problem:
     question, answer, rationale = row.get("question"), row.get("answer"), row.get("rationale")
     if not isinstance(question, str) or not question.strip():
@@ -91,7 +84,6 @@ def _to_problem(row: dict) -> Problem:
         raise ValueError(f"the rationale ends in another number than the answer, {answer}")
     f"{question}{rationale}".encode()  # refuses half a surrogate pair, which JSON can spell and no file can hold
     return Problem(question, float(answer), rationale)
-
 
 def _final_number(rationale: object) -> float:
     _, marker, end = rationale.rpartition("####") if isinstance(rationale, str) else ("", "", "")

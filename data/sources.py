@@ -26,16 +26,13 @@ from data.problems import write_jsonl, write_text
 
 TIMEOUT = 60  # seconds without a byte; torch.hub itself waits for ever
 
-
 def _multiarith(raw: bytes) -> list[dict]:
     return [{"question": p["sQuestion"].strip(), "ans": p["lSolutions"][0]} for p in json.loads(raw)]
-
 
 def _asdiv(raw: bytes) -> list[dict]:
     texts = [[p.findtext(tag) for tag in ("Body", "Question", "Answer")] for p in ElementTree.fromstring(raw).iter("Problem")]
     whole = [(b, q, re.fullmatch(r"(\d+)( \(.*\))?", a)) for b, q, a in texts]  # with or without a unit: 2,096 of 2,305
     return [{"question": f"{body} {question}".strip(), "ans": float(n[1])} for body, question, n in whole if n]
-
 
 def _svamp(raw: bytes) -> list[dict]:
     rows = []
@@ -44,21 +41,17 @@ def _svamp(raw: bytes) -> list[dict]:
         rows.append({"question": " ".join(f"{p['Body']}{stop} {p['Question']}".split()), "ans": p["Answer"]})
     return rows
 
-
 _TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 _CONVERSIONS = {"multiarith/test.jsonl": _multiarith, "asdiv/test.jsonl": _asdiv, "svamp/test.jsonl": _svamp}
 # file: conversion, sha256 of the source, its addresses on the host; size: revision; file: known sha256
 DATASETS = {name: (_CONVERSIONS.get(name), row["sha256"], *row["addresses"]) for name, row in _TABLE["datasets"].items()}
 FLAN_T5, SHA256 = _TABLE["flan-t5"], _TABLE["sha256"]
 
-
 def _cache(cache: str | Path | None) -> Path:
     return Path(cache or os.environ.get("DPO_ST_CACHE") or "~/.cache/dpo-st").expanduser()
 
-
-class DownloadError(RuntimeError):
+class DownloadError(OSError):
     """One sentence: what could not be fetched, and what to do about it."""
-
 
 def fetch_datasets(cache: str | Path | None = None) -> Path:
     """Return the folder with gsm8k/{train,dev,test}.jsonl and {multiarith,asdiv,svamp}/test.jsonl. Raises DownloadError."""
@@ -72,7 +65,6 @@ def fetch_datasets(cache: str | Path | None = None) -> Path:
                 if "404" not in str(error) or address == addresses[-1]:
                     raise
     return folder
-
 
 def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
     """Return a folder with config.json, spiece.model and weights: from this cache, the hub library's, or the hub.
@@ -94,7 +86,6 @@ def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
         _download(f"{url}/{name}", folder / name, SHA256.get(f"{size}/{name}", ()))
     return folder
 
-
 def _weight_files(folder: Path, weights: str) -> list[str]:
     """Name the files that hold the weights: one, or the shards that an index lists."""
     index = folder / f"{weights}.index.json"
@@ -108,13 +99,11 @@ def _weight_files(folder: Path, weights: str) -> list[str]:
         pass
     raise DownloadError(f"{index} does not list plain weight files; delete it and run the same command again.")
 
-
 class _StopAtChecksum(urllib.request.HTTPRedirectHandler):
     """The hub states a large file's checksum in the reply that redirects to its storage, and only there."""
 
     def redirect_request(self, request, reply, code, message, headers, url):
         return None if "X-Linked-ETag" in headers else super().redirect_request(request, reply, code, message, headers, url)
-
 
 def _ask(url: str) -> tuple[str, int]:
     """The checksum ("" if none) and the length in bytes that the host states."""
@@ -125,7 +114,6 @@ def _ask(url: str) -> tuple[str, int]:
             raise
     checksum = (headers.get("X-Linked-ETag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
     return checksum, int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0)
-
 
 def _download(url: str, path: Path, known: tuple[str, ...], convert: Callable | None = None) -> None:
     """Fetch a file unless it is there; check it against a known sha256, or else what the host states; convert it."""
@@ -159,7 +147,6 @@ def _download(url: str, path: Path, known: tuple[str, ...], convert: Callable | 
     finally:
         socket.setdefaulttimeout(timeout)
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.sources", description=__doc__.partition(":")[0] + ".")
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"Flan-T5 to fetch too: {', '.join(FLAN_T5)}")
@@ -167,7 +154,6 @@ def main() -> None:
         print(*map(fetch_flan_t5, parser.parse_args().sizes), fetch_datasets(), sep="\n")
     except (ValueError, DownloadError) as error:
         parser.exit(2, f"{error}\n")
-
 
 if __name__ == "__main__":
     main()

@@ -27,7 +27,6 @@ DISTRACTORS = (
 
 Row = namedtuple("Row", "kind formulas begin end wordings questions")
 
-
 def read_stories(path: Path) -> dict[str, list[Row]]:
     """Read the families of stories.txt, which explains its own format; a row of kind "ask" holds questions only."""
     families = {}
@@ -45,19 +44,16 @@ def read_stories(path: Path) -> dict[str, list[Row]]:
             (rows[-1].questions if text.startswith("?") else rows[-1].wordings).append(text.lstrip("? "))
     return families
 
-
 FAMILIES = read_stories(Path(__file__).parent / "stories.txt")
 TEST_SEED = 1_000_000  # whose stories data/tiny was never shown
 OUT_OF_DOMAIN = ("library", "orchard")
 IN_DOMAIN = tuple(family for family in FAMILIES if family not in OUT_OF_DOMAIN)
-
 
 def calculate_step(formula: str, numbers: dict) -> tuple[int, str, int, float]:
     """Put numbers into "n + b": return left operand, sign, right operand and result."""
     left, sign, right = formula.split()
     x, y = (int(numbers.get(word, word)) for word in (left, right))
     return x, sign, y, {"+": x + y, "-": x - y, "*": x * y, "/": x / y}[sign]
-
 
 def tell_story(rng: random.Random, family: list[Row], steps: int) -> Problem | None:
     """Tell one story of exactly `steps` steps, or None if its numbers came out too small, too large or broken."""
@@ -98,7 +94,6 @@ def tell_story(rng: random.Random, family: list[Row], steps: int) -> Problem | N
     told.append(rng.choice(questions).format(**words()))
     return Problem(" ".join(told), float(n), "\n".join([*lines, f"#### {n}"]))
 
-
 def make_problems(
     n: int, seed: int | str, steps: tuple[int, ...] = (2, 3), exclude: Collection[str] = (), families: tuple = IN_DOMAIN
 ) -> list[Problem]:
@@ -117,7 +112,6 @@ def make_problems(
             problems.append(problem)
     rng.shuffle(problems)
     return problems
-
 
 if __name__ == "__main__":
     print(*(f"{p.question}\n{p.rationale}" for p in make_problems(3, seed=0, steps=(1, 2, 3))), sep="\n\n")

@@ -13,6 +13,17 @@ SHARED = ROOT.parent / "shared"  # real GSM8K text, the real vocabulary, a small
 torch.set_flush_denormal(True)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="the long forms of some tests too: about ten minutes more")
+
+
+@pytest.fixture(scope="session")
+def slow(request) -> bool:
+    """Whether the long form of a test is wanted."""
+    return request.config.getoption("--slow")
+
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data; tests that need it are skipped where it does not exist."""

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from dpo import (
     train_dpo,
 )  # fmt: skip
 from model import T5, T5Config
-from sft import Schedule
+from sft import Loss, Schedule
 from tokenizer import EOS_ID
 
 CONFIG = T5Config(d_model=32, d_ff=48, n_heads=2, n_layers=2, d_kv=16, vocab_size=48)
@@ -201,8 +202,8 @@ def test_references_come_back_in_the_order_of_the_pairs():
         scored = add_reference_logps(model, pairs, budget)
         assert [(p.input_ids, p.chosen, p.rejected) for p in scored] == [(p.input_ids, p.chosen, p.rejected) for p in pairs]
         chosen, rejected = logps(model, pairs)
-        assert [p.reference_chosen_logp for p in scored] == pytest.approx(chosen.tolist(), abs=1e-4)
-        assert [p.reference_rejected_logp for p in scored] == pytest.approx(rejected.tolist(), abs=1e-4)
+        assert [p.reference_logps[0] for p in scored] == pytest.approx(chosen.tolist(), abs=1e-4)
+        assert [p.reference_logps[1] for p in scored] == pytest.approx(rejected.tolist(), abs=1e-4)
 
 
 def test_scoring_with_the_reference_is_without_dropout_and_leaves_it_alone():
@@ -272,7 +273,7 @@ def test_every_line_says_how_it_stands_on_training_and_on_held_out_pairs():
     expected = pair_loss(policy, references, BETA)
     for key in NUMBERS:
         assert logs[-1]["held_out_" + key] == pytest.approx(expected[key].item() / len(held_out), abs=1e-5)
-        assert score(policy, references, BETA, 40)[key] == pytest.approx(expected[key].item() / len(held_out), abs=1e-5)
+        assert score(Loss(policy, partial(pair_loss, beta=BETA)), references, 40)[key] == pytest.approx(expected[key].item() / len(held_out), abs=1e-5)
     train(random_model(), pairs, log=logs.append)
     assert NUMBERS <= set(logs[-1]) and not any(key.startswith("held_out") for key in logs[-1])
 

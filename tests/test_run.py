@@ -1,9 +1,12 @@
 """run.py: a whole run is one command, which can be stopped at any moment, asked, and pointed at the real thing."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -15,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+
 import decode
 import run
 import selftrain
@@ -24,7 +29,7 @@ from data.problems import read_jsonl
 from model import SIZES, T5, save_flan_t5
 
 # Small enough for seconds, yet every stage has work: some samples are right, some are wrong.
-SHORT = "--rounds 1 --limit 30 --sft-epochs 20 --dpo-steps 3".split()
+SHORT = "--rounds 1 --limit 24 --sft-epochs 12 --dpo-steps 3 --st-samples 4 --max-new-tokens 60 --save-every 0".split()
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -37,8 +42,23 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 def hashes(folder: Path) -> dict[str, str]:
     """Every file of a run but its log, which tells of restarts."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.jsonl", "lock", "lock-journal")]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def main_in_this_process(*arguments: object) -> tuple[int, str]:
+    """run.py as a command, but without the second that a new process takes: its exit code and what it said on stderr."""
+    said, before, handler = io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = ["run.py", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+        return 0, said.getvalue()
+    except SystemExit as end:
+        return end.code, said.getvalue()
+    finally:
+        sys.argv = before
+        signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +85,16 @@ def test_one_command_leaves_the_whole_run_on_disk(finished):
 
 def test_the_numbers_of_a_run_add_up(finished):
     """Samples per question, accuracies and tables come from different code paths: a mix-up of stages would show here."""
-    for name, count in (("st/round-1/samples-for-labels", 8), ("dpo-st/round-1/samples-for-pairs", 5),
+    for name, count in (("st/round-1/samples-for-labels", 4), ("dpo-st/round-1/samples-for-pairs", 5),
                         ("dpo-st/round-1/samples-for-labels", 3)):  # fmt: skip
         rows = read_jsonl(finished / f"{name}.jsonl")
-        assert len(rows) == 30 and all(len(row["rationales"]) == count for row in rows)
+        assert len(rows) == 24 and all(len(row["rationales"]) == count for row in rows)
     results = json.loads((finished / "results.json").read_text())
     assert list(results) == ["warm-up", "st/round-1", "dpo-st/round-1"]
     for stage, row in results.items():
         stored = read_jsonl(finished / stage / "evaluation.jsonl")
-        assert row == {r["test"]: round(r["accuracy"], 2) for r in stored}
-        assert list(row) == ["held-out", "held-out without calculator"]
-        assert all(len(r["rationales"]) == 30 for r in stored)
+        assert row == {test: round(accuracy, 2) for test, accuracy in selftrain.accuracies(stored).items()}
+        assert list(row) == ["held-out", "held-out without calculator"] and len(stored) == 48
     table = (finished / "results.md").read_text()
     assert "| SFT | 0 |" in table and "| ST | 1 |" in table and "| DPO-ST | 1 |" in table
 
@@ -93,26 +112,94 @@ def test_the_same_command_again_repeats_nothing(finished):
     assert hashes(finished) == before and (finished / "log.jsonl").read_bytes() == log
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_path):
-    """kill -9 in any stage, then the same command: what has its name is complete, so the end is the same to the byte."""
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_path, slow):
+    """kill -9 in any stage, also in the midst of a training, then the same command: what is listed is whole, and a training
+    goes on with the step after the last save, so the end is the same to the byte. --slow kills twenty times instead of six."""
     rng, out = random.Random(0), tmp_path / "run"
     arguments = [sys.executable, "run.py", *SHORT, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    kills = 0
-    for _ in range(6):
+    kills, wanted, where = 0, 20 if slow else 6, []
+
+    def listed() -> list[str]:
+        sums = out / "sha256sums.txt"
+        return sums.read_text().splitlines() if sums.exists() else []
+
+    while kills < wanted:
         process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        stages = len(list(out.rglob("*.jsonl")))
-        deadline = time.time() + 60
-        while process.poll() is None and time.time() < deadline and len(list(out.rglob("*.jsonl"))) <= stages:
-            time.sleep(0.02)  # let it come at least one stage further, so that the kills spread over the run
-        time.sleep(rng.uniform(0, 0.7))
-        kills += process.poll() is None
+        lines, deadline = listed(), time.time() + 60
+        while process.poll() is None and time.time() < deadline and listed() == lines:
+            time.sleep(0.02)  # let it come at least a little further, so that the kills spread over the run
+        time.sleep(rng.uniform(0, 10 / wanted))
+        assert process.poll() is None, f"the run ended before its {wanted} kills: {kills}, {where}"
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert kills >= 4, "the run ended before it could be killed"
+        kills += 1
+        where.append((listed() or ["nothing"])[-1].split()[-1])
     result = command(*SHORT, "--out", out)
     assert result.returncode == 0, result.stderr
-    assert hashes(out) == hashes(finished)
+    assert hashes(out) == hashes(finished), where
+    assert any(".step-" in name for name in where), where
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_who_is_asked_to_stop_says_how_to_go_on(tmp_path, stop):
+    """A scheduler's SIGTERM and a person's Ctrl-C are no errors: one sentence, and what was finished is listed."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (out / "sha256sums.txt").exists() or ".step-" not in (out / "sha256sums.txt").read_text():
+        time.sleep(0.02)
+    process.send_signal(stop)
+    _, words = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command continues" in words and "Traceback" not in words
+    assert ".step-" in (out / "sha256sums.txt").read_text()
+
+
+def test_two_runs_in_one_folder(finished, tmp_path):
+    """The second would write the first one's files by turns with it; it says so at once instead."""
+    out = tmp_path / "run"
+    first = subprocess.Popen([sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while first.poll() is None and not (out / "sha256sums.txt").exists():
+        time.sleep(0.02)
+    result = command(*SHORT, "--out", out)
+    first.kill()
+    first.wait()
+    assert result.returncode == 2 and "another process is at work" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a limit on the size of files, in place of a full disk")
+def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_finished(finished, tmp_path):
+    """Files may not grow beyond 64 kB: the first save fails as on a full disk. With room again, the same command goes on."""
+    import resource
+
+    out, limit = tmp_path / "run", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    result = subprocess.run([sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, preexec_fn=limit, capture_output=True,
+                            text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "File too large" in result.stderr and "the same command continues" in result.stderr
+    assert not (out / "warm-up/sft").exists() and (out / "sha256sums.txt").read_text() == ""
+    assert command(*SHORT, "--rounds", 0, "--method", "st", "--out", out).returncode == 0
+
+
+def test_a_damaged_run_is_refused_by_name(finished, tmp_path):
+    """Every file that a run is built on, one after another: a bit flipped, the end lost, the file gone."""
+    shutil.copytree(finished, tmp_path / "run")
+    names = [line.split("  ")[1] for line in (finished / "sha256sums.txt").read_text().splitlines()]
+    assert len(names) > 15
+    for number, name in enumerate([*names, "config.json", "sha256sums.txt"]):
+        path, kind = tmp_path / "run" / name, number % 3
+        whole = path.read_bytes()
+        if kind == 0:
+            path.write_bytes(whole[:9] + bytes([whole[9] ^ 1]) + whole[10:])
+        elif kind == 1:
+            path.write_bytes(whole[:-9])
+        else:
+            path.unlink()
+        code, words = main_in_this_process(*SHORT, "--out", tmp_path / "run")
+        assert code == 2 and "Traceback" not in words and name.split("/")[-1] in words, (name, words)
+        path.write_bytes(whole)
+    assert main_in_this_process(*SHORT, "--out", tmp_path / "run")[0] == 0
 
 
 def test_other_numbers_in_the_same_folder_are_refused(finished):
@@ -124,7 +211,8 @@ def test_other_numbers_in_the_same_folder_are_refused(finished):
 def test_a_memory_limit_may_be_lowered_when_a_run_goes_on(finished, tmp_path):
     """The advice `use a batch size of at most N` must be possible to follow without starting all over."""
     shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run/dpo-st/round-1/evaluation.jsonl").unlink()
+    sums = tmp_path / "run/sha256sums.txt"
+    sums.write_text("".join(sums.read_text().splitlines(keepends=True)[:-1]))  # the last evaluation is to be made again
     result = command(*SHORT, "--out", tmp_path / "run", "--decode-batch-size", 16, "--micro-batch-tokens", 1024)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run/dpo-st/round-1/evaluation.jsonl").is_file()
@@ -174,12 +262,62 @@ def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
     assert result.returncode == 2 and "vocabulary" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_broken_data_is_refused_with_its_line(tmp_path):
-    """A bad line in somebody's file is named by file and number, before anything is trained."""
+def test_two_hundred_broken_lines_are_refused_with_their_number(tmp_path):
+    """A bad line in somebody's file is named by file and number, before anything is trained; skipped, it would change the
+    training set without a word."""
+    good = '{"question": "How many are 1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\\n#### 2"}'
     (tmp_path / "gsm8k").mkdir()
-    (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": 5}\n')
-    result = command("--data", tmp_path, "--out", tmp_path / "run")
-    assert result.returncode == 2 and "train.jsonl, line 2" in result.stderr and "Traceback" not in result.stderr
+    rng, path = random.Random(0), tmp_path / "gsm8k/train.jsonl"
+    for number in range(200):
+        broken = bytearray(good.encode())
+        kind = number % 4
+        if kind == 0:  # cut short
+            del broken[rng.randrange(1, len(broken)) :]
+        elif kind == 1:  # a piece lost in the frame of the object
+            at = rng.choice([0, 1, broken.index(b":"), broken.index(b","), len(broken) - 1])
+            del broken[at : at + rng.randint(1, 3)]
+        elif kind == 2:  # no text in any encoding
+            broken[rng.randrange(2, len(broken))] = rng.choice([0xFF, 0xC0, 0x80])
+        else:  # well-formed, and wrong
+            broken = rng.choice([b"5", b"[]", b"null", b'{"question": 5, "answer": "#### 2"}', b'{"question": "", "answer": "#### 2"}',
+                                 b'{"question": "q"}', b'{"question": "q", "answer": "no number"}', b'{"question": "q", "answer": NaN}',
+                                 b'{"question": "q", "answer": "#### 2", "ans": 3}', b'{"question": "q", "answer": true}'])  # fmt: skip
+        lines = [good.encode()] * rng.randint(0, 5)
+        path.write_bytes(b"\n".join([*lines, bytes(broken), good.encode()]))
+        code, words = main_in_this_process("--data", tmp_path, "--out", tmp_path / "run")
+        assert code == 2 and f"train.jsonl, line {len(lines) + 1}:" in words and words.count("\n") == 1, (bytes(broken), words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fifty_broken_checkpoints_are_refused_in_one_sentence(tmp_path):
+    """--weights on a folder of which something was lost on the way. (What each sentence names: tests/test_model.py.)"""
+    shutil.copytree(ROOT / "data/tiny", tmp_path / "whole")
+    rng = random.Random(0)
+    for number in range(50):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", folder)
+        victim = folder / rng.choice(["config.json", "pytorch_model.bin", "spiece.model"])
+        content = victim.read_bytes()
+        if number % 3 == 0:
+            victim.unlink()
+        else:
+            victim.write_bytes(content[: rng.randrange(len(content) * 9 // 10)] if number % 3 == 1 else rng.randbytes(len(content)))
+        code, words = main_in_this_process("--weights", folder, "--limit", 2, "--out", tmp_path / f"run-{number}")
+        assert code == 2 and words.count("\n") == 1 and "Traceback" not in words, (victim, words)
+
+
+def test_out_of_memory_says_which_number_to_lower(tmp_path, monkeypatch):
+    """What CUDA says is ten lines about allocators; the reader needs the name of a flag, and that nothing is lost."""
+    for error in (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB"), RuntimeError("[enforce fail]: can't allocate memory")):
+
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(selftrain, "generate", fail)
+        out = tmp_path / type(error).__name__
+        code, words = main_in_this_process("--limit", 2, "--sft-epochs", 1, "--out", out)
+        assert code == 2 and "--micro-batch-tokens" in words and "--decode-batch-size" in words and words.count("\n") == 1
+        assert "warm-up/sft/" in (out / "sha256sums.txt").read_text()
 
 
 def test_every_hyper_parameter_of_the_paper_is_a_flag_with_that_default():
@@ -192,7 +330,7 @@ def test_every_hyper_parameter_of_the_paper_is_a_flag_with_that_default():
     assert (config.warmup_ratio, config.final_ratio, config.weight_decay, config.max_grad_norm) == (0.1, 0.1, 0.01, 1.0)
     assert (config.max_new_tokens, config.method, config.seed) == (300, "dpo-st", 42)
     text = command("--help").stdout
-    assert all(run.flag(item.name) in text for item in run.NUMBERS)
+    assert all(run.flag(item.name) in text for item in run.OPTIONS)
 
 
 def test_the_paper_has_the_same_numbers_wherever_they_are_defaults():
@@ -206,9 +344,9 @@ def test_the_paper_has_the_same_numbers_wherever_they_are_defaults():
     assert rules == (config.max_similarity, config.n_pairs, config.percentile)
 
 
-def test_the_real_checkpoint_and_real_gsm8k_run_every_stage(shared, tmp_path):
+def test_the_real_checkpoint_and_real_gsm8k_run_every_stage(shared, tmp_path, slow):
     """Real vocabulary, real questions, public layout: the path of --size base without the download."""
-    if os.environ.get("SLOW_TESTS") is None:
+    if not slow:
         limits = ["--limit", "4", "--sft-epochs", "1", "--dpo-steps", "1", "--dpo-samples", "2", "--sft-samples", "1"]
     else:
         limits = ["--limit", "64"]

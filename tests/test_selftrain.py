@@ -2,8 +2,6 @@
 
 import hashlib
 import inspect
-import json
-import shutil
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -18,12 +16,13 @@ import torch
 
 import decode
 import selftrain
-from data.problems import Problem, load_problems
+from data.folder import RunFolder
+from data.problems import Problem, load_problems, read_jsonl
 from dpo import PreferencePair
 from model import T5, T5Config, load_flan_t5, save_flan_t5
 from run import Config
 from selftrain import (
-    Stages, accuracy, deduplicate, extract_answer, is_correct, jaccard, make_pairs, make_pseudo_labels, self_train,
+    Stages, accuracies, cut, deduplicate, extract_answer, is_correct, jaccard, make_pairs, make_pseudo_labels, self_train,
     split_samples,
 )  # fmt: skip
 from sft import make_examples, train_sft
@@ -181,11 +180,21 @@ def test_samples_are_split_once_each_in_their_order():
 
 
 def test_accuracy_is_in_percent_of_the_problems():
-    """The table stands beside the paper's, which are percentages. A missing rationale must not shift the others."""
-    problems = [Problem(f"q{i}", float(i)) for i in range(4)]
-    assert accuracy(["#### 0", "#### 1.0", "#### 9", "nothing"], problems) == 50.0
-    with pytest.raises(ValueError):
-        accuracy(["#### 0"], problems)
+    """The table stands beside the paper's, which are percentages; with and without calculator are two results."""
+    row = lambda test, calculator, text: {"test": test, "calculator": calculator, "answer": 5.0, "rationales": [text]}
+    rows = [row("a", True, "#### 5"), row("a", True, "nothing"), row("b", True, "#### 5.0"), row("a", False, "#### 6")]
+    assert accuracies(rows) == {"a": 50.0, "b": 100.0, "a without calculator": 0.0}
+
+
+def test_work_is_cut_without_loss_into_even_parts(monkeypatch):
+    """The parts are dealt to processes and kept one by one; a question lost at a border would shift all rows after it."""
+    monkeypatch.setattr(selftrain, "PART", 10)
+    for n in (0, 1, 7, 10, 11, 99):
+        for k in (1, 3, 20):
+            parts = cut(range(n), k)
+            assert [i for part in parts for i in part] == list(range(n))
+            assert all(len(part) * k <= max(10, k) for part in parts)
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 # ------------------------------------------------------------------------------------------- pairs and pseudo-labels
@@ -492,23 +501,15 @@ def base(tmp_path_factory) -> Path:
 
 
 class Shelf:
-    """A run folder in miniature: rows as JSON in memory, models as checkpoint folders, and Stages that use both."""
+    """A run folder, Stages that use it, and what they say."""
 
     def __init__(self, base: Path, path: Path, config: Config = CONFIG):
-        self.base, self.path, self.rows, self.logs = base, path, {}, []
-        self.stages = Stages(base, Tokenizer(base), config, self.keep_rows, self.keep_model, self.logs.append)
+        self.folder, self.logs = RunFolder(path), []
+        self.folder.open({})
+        self.stages = Stages(base, Tokenizer(base), config, self.folder, self.logs.append)
 
-    def keep_rows(self, name, make):
-        if name not in self.rows:
-            self.rows[name] = json.dumps(make())
-        return json.loads(self.rows[name])
-
-    def keep_model(self, name, make):
-        folder = self.path / name
-        if not folder.exists():
-            save_flan_t5(make(), folder)
-            shutil.copy(self.base / "spiece.model", folder)
-        return folder
+    def rows(self, name: str) -> list[dict]:
+        return read_jsonl(self.folder.path / f"{name}.jsonl")
 
 
 def weights(folder: Path) -> list[torch.Tensor]:
@@ -527,19 +528,18 @@ def test_a_whole_round_of_both_methods_on_ten_sums(base, tmp_path):
     for method in ("st", "dpo-st"):
         self_train(method, SUMS[:6], SUMS, {"seen": SUMS[:6], "new": SUMS[6:]}, CONFIG, shelf.stages)
     assert hashlib.sha256((base / "pytorch_model.bin").read_bytes()).hexdigest() == before
-    rows = {name: json.loads(text) for name, text in shelf.rows.items()}
-    evaluations = {name: made for name, made in rows.items() if "evaluation" in name}
+    evaluations = [read_jsonl(path) for path in tmp_path.rglob("evaluation.jsonl")]
     assert len(evaluations) == 3
-    for made in evaluations.values():
-        assert [row["test"] for row in made][:2] == ["seen", "new"]
-        assert len(made) == 3 and made[2]["test"].startswith("seen")  # the first test again, without the calculator
-    folders = [path.parent for path in tmp_path.glob("**/config.json")]
+    for made in evaluations:  # the first test again, without the calculator
+        assert [(row["test"], row["calculator"]) for row in made] == [("seen", True)] * 6 + [("new", True)] * 4 + [("seen", False)] * 6
+        assert [row["question"] for row in made] == [p.question for p in [*SUMS, *SUMS[:6]]]
+    folders = [path.parent for path in tmp_path.glob("*/**/config.json")]
     assert len(folders) == 4  # the shared warm-up, ST's round, and DPO-ST's two
     warm_up, after_dpo = (weights(next(f for f in folders if key in str(f))) for key in ("warm-up", "dpo-st/round-1/dpo"))
     assert not same_bytes(warm_up, weights(base)) and not same_bytes(after_dpo, warm_up)
-    labels = next(made for name, made in rows.items() if "dpo-st" in name and "pseudo" in name)
+    labels = shelf.rows("dpo-st/round-1/pseudo-labels")
     assert {p.rationale for p in SUMS[:6]} <= {row["rationale"] for row in labels}
-    pairs = next(made for name, made in rows.items() if "pairs" in name and "samples" not in name)
+    pairs = shelf.rows("dpo-st/round-1/preference-pairs")
     assert pairs and all(set(row) == {"question", "chosen", "rejected"} for row in pairs)
     for stage in {log["stage"] for log in shelf.logs if str(log["stage"]).endswith("sft")}:
         losses = [log["loss"] for log in shelf.logs if log["stage"] == stage]
@@ -608,7 +608,7 @@ def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkey
         bound = inspect.signature(decode.generate).bind(*args, **named)
         bound.apply_defaults()
         calls.append(SimpleNamespace(**bound.arguments))
-        return [[SimpleNamespace(text="#### 3") for _ in range(calls[-1].n_samples)] for _ in calls[-1].questions]
+        return [[SimpleNamespace(text="#### 3", finished=True) for _ in range(calls[-1].n_samples)] for _ in calls[-1].questions]
 
     monkeypatch.setattr(selftrain, "generate", fake)
     shelf = Shelf(base, tmp_path)
@@ -618,12 +618,11 @@ def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkey
     for call in calls:
         assert (call.temperature, call.top_k, call.n_samples, call.calculator) == (0.7, 50, 4, True)
         assert call.questions == [problem.question for problem in SUMS] and call.max_new_tokens == 32
-    other_seed = Shelf(base, tmp_path, replace(CONFIG, seed=43))
+    other_seed = Shelf(base, tmp_path / "other", replace(CONFIG, seed=43))
     other_seed.stages.sample("a", base, SUMS, 4)
     assert calls[2].seed != calls[0].seed
     calls.clear()
     shelf.stages.evaluate("evaluation", base, {"one": SUMS[:3], "two": SUMS})
-    assert [(len(call.questions), call.calculator) for call in calls] == [(13, True), (3, False)]
+    assert [(len(call.questions), call.calculator) for call in calls] == [(3, True), (10, True), (3, False)]
     assert all((call.temperature, call.n_samples, call.max_new_tokens) == (0, 1, 32) for call in calls)
-    rows = json.loads(shelf.rows["evaluation"])
-    assert [row["accuracy"] for row in rows if row["test"] == "two"] == [10.0]  # 1 + 2 is the only 3 of ten
+    assert accuracies(shelf.rows("evaluation"))["two"] == 10.0  # 1 + 2 is the only 3 of ten

@@ -8,7 +8,7 @@ import pytest
 
 import run
 from calculator import calculate
-from data import make_tiny
+from tests.bench import make_tiny
 from data.problems import load_problems, write_jsonl
 from data.synthetic import FAMILIES, IN_DOMAIN, OUT_OF_DOMAIN, TEST_SEED, make_problems
 from model import load_flan_t5

@@ -4,14 +4,14 @@
     python -m tests.bench.tiny runs/tiny-seed-0 runs/tiny-seed-1 runs/tiny-seed-2
 """
 
+import json
 import statistics
 import sys
 from pathlib import Path
 
 import run
 from data.problems import read_jsonl
-from model import read_json
-from selftrain import accuracy
+from selftrain import accuracies
 
 
 def spread(values: list[float]) -> str:
@@ -22,15 +22,15 @@ def main() -> None:
     folders = [Path(name) for name in sys.argv[1:]] or sys.exit(__doc__)
     table: dict[tuple[str, str], list[float]] = {}
     for folder in folders:
-        config = run.Config(**read_json(folder / "config.json"))
-        problems = run.load_data(config)[2]["held-out"]
+        config = run.Config(**json.loads((folder / "config.json").read_text()))
+        steps_of = {problem.question: problem.rationale.count("<<") for problem in run.load_data(config)[2]["held-out"]}
         for path in sorted(folder.glob("**/evaluation.jsonl")):
             stage = path.parent.relative_to(folder).as_posix()
-            for row in read_jsonl(path):
-                table.setdefault((stage, row["test"]), []).append(row["accuracy"])
-                for steps in (2, 3) if row["test"] == "held-out" else ():
-                    chosen = [(r, p) for r, p in zip(row["rationales"], problems) if p.rationale.count("<<") == steps]
-                    table.setdefault((stage, f"{steps} steps"), []).append(accuracy(*map(list, zip(*chosen))))
+            rows = read_jsonl(path)
+            for steps in (2, 3):
+                rows += [{**row, "test": f"{steps} steps"} for row in rows if row["calculator"] and steps_of.get(row["question"]) == steps]
+            for test, accuracy in accuracies(rows).items():
+                table.setdefault((stage, test), []).append(accuracy)
     columns = list(dict.fromkeys(test for _, test in table))
     print("| stage | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for stage in sorted({stage for stage, _ in table}, key=lambda stage: (stage != "warm-up", stage[0] == "d", stage)):
