@@ -22,7 +22,7 @@ import torch.distributed as dist
 from data.folder import RunFolder
 from data.problems import Problem, load_problems, read_jsonl, write_text
 from data.sources import fetch_datasets, fetch_flan_t5
-from data.synthetic import TEST_SEED, make_problems
+from data.synthetic import OUT_OF_DOMAIN, TEST_SEED, make_problems
 from model import SIZES, read_config
 from selftrain import Stages, accuracies, self_train
 from sft import deal, place, print_log
@@ -126,6 +126,7 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, l
         labeled, unlabeled = train[: config.n_labeled], train[config.n_labeled :]
         seen = {problem.question for problem in train}
         tests = {"held-out": make_problems(config.n_test, seed=TEST_SEED, exclude=seen)}
+        tests |= {family: make_problems(config.n_test // 4, TEST_SEED, families=(family,)) for family in OUT_OF_DOMAIN}
     else:
         folder = Path(config.data) if config.data else deal([None], fetch_datasets)[0]
         unlabeled = load_problems(folder / "gsm8k" / "train.jsonl")  # section 4.1: U is L without rationales

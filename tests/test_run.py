@@ -35,7 +35,7 @@ SHORT = "--rounds 1 --limit 24 --sft-epochs 12 --dpo-steps 3 --st-samples 4 --ma
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """Run run.py in a process of its own."""
     return subprocess.run(
-        [sys.executable, "run.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "run.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 

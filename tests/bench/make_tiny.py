@@ -5,7 +5,7 @@ of its training is T5's span corruption of multi-step questions and of rationale
 question together with ITS rationale. The other half are one-step questions with their worked answer, in place of Flan's
 instruction tuning. What it cannot do afterwards is chain steps, the subject of the paper. No test question is ever shown.
 
-    python -m data.make_tiny        # about 10 minutes on one CPU core
+    python -m tests.bench.make_tiny        # about 10 minutes on one CPU core
 """
 
 import io
@@ -21,7 +21,7 @@ from model import T5, T5Config, relative_position_bucket, save_flan_t5
 from sft import Example, Schedule, train_sft
 from tokenizer import Tokenizer, format_rationale
 
-FOLDER = Path(__file__).parent / "tiny"
+FOLDER = Path(__file__).parents[2] / "data" / "tiny"
 SEED, STEPS, BATCH, N_PIECES = 1, 3000, 32, 668  # with the 100 sentinels 768 ids
 
 

@@ -1,6 +1,8 @@
 """Training speed and memory against transformers' usual loop (SFT) and the concatenated two-model way (DPO).
 
     python -m tests.bench.train [--quick] [--vocabulary DIR] [--problems FILE] [--size small]
+    python -m tests.bench.train --memory small base large      # peak memory of SFT, with and without gradient checkpointing
+    python -m tests.bench.train --scale                        # one process of one thread against two (torchrun)
 
 Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model and GSM8K's
 train.jsonl. Weights are random, for speed does not depend on them. Every system sits in a process of its own, whose peak
@@ -12,6 +14,8 @@ import argparse
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -23,9 +27,10 @@ import torch.nn.functional as F
 
 from data.problems import load_problems
 from data.synthetic import make_problems
+from decode import generate
 from dpo import PreferencePair, make_pair_examples, train_dpo
 from model import SIZES, T5, load_flan_t5, save_flan_t5
-from sft import Schedule, collate, epochs, learning_rate, make_examples, train_sft
+from sft import Schedule, collate, deal, epochs, learning_rate, make_examples, place, train_sft
 from tests.bench.decode import TINY, load_peer, resident, transformers
 from tokenizer import Tokenizer, format_rationale, pad_batch
 
@@ -112,6 +117,80 @@ def our_dpo(folder: Path, pairs: list):
 SYSTEMS = {"SFT": {"ours": our_sft, "transformers": peer_sft}, "DPO": {"ours": our_dpo, "two models, concatenated": peer_dpo}}
 
 
+# ------------------------------------------------------------------------------------- memory by size, and two processes
+
+
+def measure_memory(size: str, examples: list, checkpointing: bool, pipe) -> None:
+    """In a process of its own: what two optimiser steps of SFT need at the most, beside the interpreter and torch."""
+    torch.set_flush_denormal(True)
+    before = resident("VmRSS")
+    with torch.device("meta"):
+        model = T5(SIZES[size])
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    schedule = Schedule(3e-4, batch_size=len(examples) // 2, gradient_checkpointing=checkpointing, log_every=9)
+    train_sft(model, examples, 1, schedule, log=lambda record: None)
+    pipe.send((resident("VmHWM") - before, sum(parameter.numel() for parameter in model.parameters())))
+
+
+def memory_table(sizes: list[str], examples: list) -> None:
+    context = get_context("spawn")
+    print("| size | 16 bytes per parameter | peak | with --gradient-checkpointing |\n|---|---|---|---|")
+    for size in sizes:
+        cells = []
+        for checkpointing in (False, True):
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=measure_memory, args=(size, examples, checkpointing, send))
+            process.start()
+            send.close()  # so that recv ends should the process die
+            grown, n_parameters = receive.recv()
+            process.join()
+            cells.append(f"{grown / 1e9:.1f} GB")
+        print(f"| {size} | {16 * n_parameters / 1e9:.1f} GB | {' | '.join(cells)} |", flush=True)
+
+
+def work_of_scale(vocabulary: Path, problems: Path | None) -> None:
+    """What a process of --scale does: sample, then train, and say how long that took."""
+    import torch.distributed as dist
+
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    tokenizer = Tokenizer(vocabulary)
+    known = [p for p in (load_problems(problems) if problems else make_problems(1400, seed=0))][:192]
+    known = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in known]
+    torch.manual_seed(0)
+    model = T5(SIZES["small"])
+    questions = [[problem.question for problem in known[at : at + 16]] for at in range(0, 64, 16)]
+    began = time.perf_counter()
+    deal(questions, lambda part: generate(model, tokenizer, part, 2, 0.7, max_new_tokens=64, seed=0))
+    sampled = time.perf_counter()
+    train_sft(model, make_examples(known, tokenizer), 1, Schedule(3e-4, log_every=9), log=lambda record: None)
+    if place()[0] == 0:
+        print(f"SECONDS {sampled - began} {time.perf_counter() - sampled}", flush=True)
+    os._exit(0)
+
+
+def scale(arguments: list[str], repeats: int) -> None:
+    """Let one process and two take turns, each with one thread."""
+    seconds = {1: [], 2: []}
+    for _ in range(repeats):
+        for n in seconds:
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+            command = [*start, "-m", "tests.bench.train", "--scale-worker", *arguments]
+            output = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+            seconds[n].append([float(number) for number in output.split("SECONDS")[1].split()[:2]])
+    for kind, name in enumerate(("sampling", "SFT")):
+        ratios = [one[kind] / two[kind] for one, two in zip(seconds[1], seconds[2])]
+        print(f"{name}: two processes {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast as one, "
+              f"efficiency {50 * statistics.median(ratios):.0f} %")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ the turns
+
+
 def serve(task: str, name: str, folder: Path, items: list, threads: int, pipe) -> None:
     """In a process of its own: train for n steps whenever asked, and say how long that took and what memory it has needed."""
     torch.set_num_threads(threads)
@@ -160,7 +239,12 @@ def main() -> None:
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--tasks", nargs="*", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--repeats", type=int, help="turns, default 3, or 2 with --quick")
+    parser.add_argument("--memory", nargs="+", choices=SIZES, help="only measure peak memory of these sizes")
+    parser.add_argument("--scale", action="store_true", help="only measure two processes against one")
+    parser.add_argument("--scale-worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.scale_worker:
+        return work_of_scale(args.vocabulary, args.problems)
     repeats = args.repeats or (2 if args.quick else 3)
     n_examples, n_pairs = (48, 48) if args.quick else (256, 96)
     tokenizer = Tokenizer(args.vocabulary)
@@ -174,6 +258,11 @@ def main() -> None:
     version = f"transformers {transformers.__version__}" if transformers else "transformers not installed: left out"
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
           f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {version}, {args.size}, fp32, {repeats} turns\n")  # fmt: skip
+    if args.memory:
+        return memory_table(args.memory, examples[:24])
+    if args.scale:
+        files = ["--vocabulary", args.vocabulary, *(["--problems", args.problems] if args.problems else [])]
+        return scale(list(map(str, files)), repeats)
     print("| task | examples or pairs/s | times as fast as the peer | peak memory | ratio | largest difference in loss |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
