@@ -3,17 +3,18 @@
 Rows that finish hand their place to the next question; whenever a row has written `[ expression =`, the calculator's
 digits and `]` are forced into that row. Left out: beam search, answer parsing, the arithmetic itself (calculator.py).
 
-    python decode.py [--checkpoint DIR] ["question"]    # one row against 32, and a rationale
+    python decode.py [--checkpoint DIR] [--samples N] ["question" ...]    # without a question: one row against 32
 """
 
 import argparse
 import hashlib
 import itertools
 import math
+import os
 import re
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,31 +251,37 @@ def generate(
             bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
     return results
 
-def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
-    """The rationale's text with the calculator's digits between « and »."""
+def mark_forced(tokenizer: Tokenizer, sample: Sample, marks: tuple[str, str] = ("«", "»")) -> str:
+    """The rationale's text with the calculator's digits between two marks."""
     text = ""
     for forced, run in itertools.groupby(zip(sample.forced, sample.ids), key=lambda pair: pair[0]):
         part = "".join(tokenizer.piece(i) for _, i in run)
-        text += f" «{part.lstrip()}»" if forced else part
+        text += f" {marks[0]}{part.lstrip()}{marks[1]}" if forced else part
     return text.strip()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("question", nargs="?", help="answer this one; without it, measure how much a batch is worth")
+    parser.add_argument("question", nargs="*", help="answer these, or - for one a line from standard input; none: measure batching")
     parser.add_argument("--checkpoint", default=Path(__file__).parent / "data" / "tiny", help="a checkpoint folder")
+    parser.add_argument("--samples", type=int, default=1, help="draw so many at temperature 0.7, and let them vote on the answer")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
-    question = args.question or "Tom has 12 boxes with 24 pens in each. How many pens does Tom have?"
-    for batch_size in (1,) if args.question else (1, 32):
+    example = ["Tom has 12 boxes with 24 pens in each. How many pens does Tom have?"]
+    questions = [line.strip() for line in sys.stdin if line.strip()] if args.question == ["-"] else args.question or example
+    marks = ("\033[7m", "\033[0m") if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("«", "»")
+    for batch in [questions] if args.question else [questions, questions * 32]:
         began = time.perf_counter()
-        samples = generate(model, tokenizer, [question] * batch_size, batch_size=batch_size)
-        speed = sum(len(row[0].ids) for row in samples) / (time.perf_counter() - began)
-        print(f"batch of {batch_size}: {speed:,.0f} tokens/s")
-    print(f"{question}\n{mark_forced(tokenizer, samples[0][0])}")
+        samples = generate(model, tokenizer, batch, n := max(1, args.samples), 0.7 if n > 1 else 0)
+        speed = sum(len(sample.ids) for row in samples for sample in row) / (time.perf_counter() - began)
+        for question, row in zip(questions, samples):
+            print(question, *(f"  {mark_forced(tokenizer, sample, marks)}" for sample in row), sep="\n")
+            (answer, votes), = Counter(sample.text.rpartition("#### ")[2] for sample in row).most_common(1)
+            print(f"  -> {answer or 'no answer'}" + f" ({votes} of {len(row)} votes)" * (len(row) > 1))
+        print(f"batch of {len(batch) * n}: {speed:,.0f} tokens/s")
 
 if __name__ == "__main__":
     try:
         main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"decode.py: {error}")
+    except (FileNotFoundError, ValueError, KeyboardInterrupt) as error:
+        sys.exit(f"decode.py: {str(error) or 'stopped'}")

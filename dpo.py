@@ -106,10 +106,7 @@ def train_dpo(
     """
     budget = schedule.micro_batch_tokens
     pairs, held_out = add_reference_logps(policy, pairs, budget), add_reference_logps(policy, held_out, budget)
-
-    def watch(loss: nn.Module) -> dict[str, float]:
-        return {f"held_out_{key}": value for key, value in score(loss, held_out, budget).items()}
-
+    watch = lambda loss: {f"held_out_{key}": value for key, value in score(loss, held_out, budget).items()}
     loss_of = partial(pair_loss, beta=beta)
     return train(policy, pairs, n_steps, loss_of, lambda pair: 1, schedule, name, dropout=False, watch=watch, **options)
 

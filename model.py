@@ -277,7 +277,6 @@ PUBLIC_NAMES = {  # T5Config's name -> the name in config.json
     "vocab_size": "vocab_size", "dropout": "dropout_rate", "epsilon": "layer_norm_epsilon",
 }  # fmt: skip
 EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-UNUSED_NAME = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in some old T5 files
 
 def checkpoint_name(name: str) -> str:
     """Translate a parameter's name here to its name in the public checkpoints."""
@@ -354,7 +353,7 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
     wanted, state = {checkpoint_name(name): name for name in model.state_dict()}, {}
     for path in weight_files(Path(folder)):
         tensors = read_tensors(path)
-        tensors.pop(UNUSED_NAME, None)
+        tensors.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)  # in some old T5 files
         for name, tensor in tensors.items():
             ours = wanted.get(EMBEDDING_NAMES[0] if name in EMBEDDING_NAMES else name)  # it has up to three names
             shape = model.get_parameter(ours).shape if ours else None

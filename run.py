@@ -1,12 +1,12 @@
 """The whole experiment in one command: arguments, files on disk, and the closing table (paper, section 4).
 
     python run.py                            the whole loop on a laptop, nothing downloaded
-    python run.py --size base --rounds 3     the paper: public Flan-T5 weights and data are fetched once
-
-The same command continues a run that was stopped: a stage whose result is in the run folder is not repeated.
+    python run.py --size base --rounds 3     the paper: public weights and data are fetched once; again, to continue
 """
 
 import argparse
+import difflib
+import hashlib
 import json
 import os
 import signal
@@ -28,8 +28,9 @@ from selftrain import Stages, accuracies, self_train
 from sft import deal, place, print_log
 from tokenizer import Tokenizer, format_rationale
 
-TESTS = {"GSM8K": "gsm8k", "MultiArith": "multiarith", "ASDiv": "asdiv", "SVAMP": "svamp"}
-PAPER = {  # table 2: greedy accuracy (%), calculator on
+TESTS = ("GSM8K", "MultiArith", "ASDiv", "SVAMP")
+HOURS = {"small": 0.0015, "base": 0.0053, "large": 0.017, "xl": 0.064, "xxl": 0.25}  # per question and round: README
+TABLE_2 = {
     "base": {"SFT": (18.1, 54.2, 26.2, 19.5), "ST": (25.9, 73.8, 28.2, 24.2), "DPO-ST": (27.2, 74.3, 29.2, 22.6)},
     "large": {"SFT": (30.8, 77.2, 38.1, 33.6), "ST": (35.6, 86.2, 42.5, 34.8), "DPO-ST": (37.4, 89.0, 42.8, 36.8)},
 }
@@ -40,11 +41,14 @@ def option(paper, tiny, group: str, text: str):
 
 @dataclass
 class Config:
-    """Every number of a run. Sources in brackets.  DIFFERS: those of --size tiny are our choice."""
+    """Every number of a run. Sources in brackets.  DIFFERS: those of --size tiny and st_samples are ours."""
     size: str = "tiny"
     method: str = "dpo-st"
     weights: str = option("", "", "run", "a checkpoint folder; --size still chooses the numbers")
-    data: str = option("", "", "run", "a folder of datasets: gsm8k/train.jsonl, gsm8k/test.jsonl, ...")
+    labeled: str = option("", "", "your own data", "problems with rationales, JSONL")
+    unlabeled: str = option("", "", "your own data", "problems whose rationales, if any, are not used; default: those of --labeled")
+    test: list = option("", "", "your own data", "problems to be tested on, under that name; may be repeated")
+    allow_leakage: bool = option(False, False, "your own data", "test on questions that are trained on, too")
     device: str = "cpu"
     calculator: bool = True
     gradient_checkpointing: bool = option(False, False, "training", "compute activations twice rather than keep them")
@@ -83,17 +87,13 @@ class Config:
     n_test: int = option(0, 2000, "problems of --size tiny", "held-out problems")
 
 OPTIONS = [item for item in fields(Config) if item.metadata]
-MAY_CHANGE = (  # when a run goes on: for more of it, or where memory or time ran short
-    "rounds", "method", "device", "gradient_checkpointing", "shard", "micro_batch_tokens", "decode_batch_size", "save_every", "timeout"
-)  # fmt: skip
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+# What may change when a run goes on: for more of it, or where memory or time ran short.
+MAY_CHANGE = "rounds method device gradient_checkpointing shard micro_batch_tokens decode_batch_size save_every timeout".split()
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     """Read the command line -> the run's numbers and its folder."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "usage": "python run.py [--size SIZE] [options]"}
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="the model, and with it the defaults below")
     parser.add_argument("--method", choices=("dpo-st", "st", "both"), help="default: both for tiny, else dpo-st")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/SIZE-seed-SEED")
@@ -104,55 +104,64 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     for item in OPTIONS:
         tiny, paper = item.metadata["tiny"], item.default
         default = "" if type(paper) in (bool, str) else f" (default {paper:g}{'' if tiny == paper else f'; tiny: {tiny:g}'})"
-        letter = {int: "N", float: "X", str: "DIR"}.get(item.type)
-        how = {"type": item.type, "metavar": letter} if letter else {"action": "store_true"}
-        groups[item.metadata["group"]].add_argument(flag(item.name), **how, help=item.metadata["help"] + default)
-    args = vars(parser.parse_args(argv))
-    out = args.pop("out")
+        how = {bool: {"action": "store_true"}, list: {"action": "append", "metavar": "NAME=PATH"}}.get(item.type)
+        how = how or {"type": item.type, "metavar": {int: "N", float: "X", str: "PATH"}[item.type]}
+        groups[item.metadata["group"]].add_argument("--" + item.name.replace("_", "-"), **how, help=item.metadata["help"] + default)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], parser.format_help().split(), 1, 0.7) or ["--help"]
+        parser.error(f"there is no {unknown[0]}; did you mean {near[0]}?")
+    out = (args := vars(args)).pop("out")
     for item in OPTIONS:
-        least = 1 if item.type is int and item.name not in ("seed", "limit", "rounds", "top_k") else 0
+        least = int(item.type is int and item.name not in ("seed", "limit", "rounds", "top_k"))
         if args[item.name] is None:
             args[item.name] = item.metadata["tiny"] if args["size"] == "tiny" else item.default
         most = {"percentile": 100, "held_out": 0.5, "warmup_ratio": 1}.get(item.name, 2**31)
         if item.type in (int, float) and not (least <= args[item.name] <= most or args[item.name] == item.default):
-            parser.error(f"{flag(item.name)} must be a number from {least} to {most}")
+            parser.error(f"--{item.name.replace('_', '-')} must be a number from {least} to {most}")
+    names = {name for name, _, path in (test.partition("=") for test in args["test"]) if name and path}
+    if not bool(args["labeled"]) == bool(names) >= bool(args["unlabeled"]) or len(names) < len(args["test"]):
+        parser.error("your own data: give --labeled FILE and --test NAME=FILE (each name once), and perhaps --unlabeled FILE")
     args["method"] = args["method"] or ("both" if args["size"] == "tiny" else "dpo-st")
-    return Config(**args), out or Path("runs") / f"{args['size']}-seed-{args['seed']}"
+    return Config(**args), out or Path("runs") / f"{'own-' if args['labeled'] else ''}{args['size']}-seed-{args['seed']}"
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
     """The labeled set L (rationales formatted), the unlabeled set U, and the test sets by name."""
-    if config.size == "tiny" and not config.data:
+    if config.labeled:
+        labeled = load_problems(config.labeled)
+        unlabeled = load_problems(config.unlabeled) if config.unlabeled else labeled
+        tests = {name: load_problems(path) for name, _, path in (test.partition("=") for test in config.test)}
+    elif config.size == "tiny":
         train = make_problems(config.n_labeled + config.n_unlabeled, seed=f"run {config.seed}")
         labeled, unlabeled = train[: config.n_labeled], train[config.n_labeled :]
         seen = {problem.question for problem in train}
         tests = {"held-out": make_problems(config.n_test, seed=TEST_SEED, exclude=seen)}
         tests |= {family: make_problems(config.n_test // 4, TEST_SEED, families=(family,)) for family in OUT_OF_DOMAIN}
     else:
-        folder = Path(config.data) if config.data else deal([None], fetch_datasets)[0]
-        unlabeled = load_problems(folder / "gsm8k" / "train.jsonl")  # section 4.1: U is L without rationales
-        labeled = [problem for problem in unlabeled if problem.rationale]
-        paths = {name: folder / place / "test.jsonl" for name, place in TESTS.items()}
-        tests = {name: load_problems(path) for name, path in paths.items() if path.exists()}
-        if not tests:
-            raise FileNotFoundError(f"{folder} has no test set: put one at {paths['GSM8K']}")
+        folder = deal([None], fetch_datasets)[0]
+        labeled = unlabeled = load_problems(folder / "gsm8k" / "train.jsonl")  # section 4.1: U is L without rationales
+        tests = {name: load_problems(folder / name.lower() / "test.jsonl") for name in TESTS}
+    spelled = lambda problems: {" ".join(problem.question.split()).casefold() for problem in problems}
+    for name, problems in () if config.allow_leakage else tests.items():
+        if leaked := sorted(spelled(problems) & spelled([*labeled, *unlabeled])):
+            raise ValueError(f"{name}: {len(leaked)} questions are trained on, as {leaked[0]!r:.60}: drop them, or --allow-leakage")
     first = config.limit or None
-    labeled = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in labeled[:first]]
+    labeled = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in labeled if problem.rationale][:first]
     return labeled, unlabeled[:first], {name: problems[:first] for name, problems in tests.items()}
 
 def report(config: Config, folder: RunFolder) -> str:
-    """Gather the evaluations in results.json and results.md; return the table, in the shape of table 2."""
+    """Gather the evaluations in results.json (%: accuracy, 95 % interval) and results.md; return the table, shaped as table 2."""
     stages = {f"{method}/round-{n + 1}": [method.upper(), n + 1] for method in ("st", "dpo-st") for n in range(config.rounds)}
     results, lines = {}, []
     for stage, label in {"warm-up": ["SFT", 0], **stages}.items():
         if path := folder.find(f"{stage}/evaluation.jsonl"):
-            results[stage] = {test: round(accuracy, 2) for test, accuracy in accuracies(read_jsonl(path)).items()}
-            lines.append(label + [f"{accuracy:.1f}" for accuracy in results[stage].values()])
+            results[stage] = accuracies(read_jsonl(path))
+            lines.append(label + [f"{accuracy:.1f} ({low:.1f} to {high:.1f})" for accuracy, low, high in results[stage].values()])
     tests = list(results["warm-up"])
-    for method, numbers in PAPER.get(config.size, {}).items():
-        cells = [dict(zip(TESTS, numbers)).get(test, "") for test in tests]
-        lines.append([f"{method}, paper", 0 if method == "SFT" else 3] + cells)
+    for method, numbers in TABLE_2.get(config.size, {}).items():
+        lines.append([f"{method}, paper", 3 * (method != "SFT"), *(dict(zip(TESTS, numbers)).get(test, "") for test in tests)])
     lines = [["method", "round", *tests], ["---"] * (len(tests) + 2), *lines]
-    table = f"Greedy accuracy (%), Flan-T5 {config.size}, seed {config.seed}:\n\n"
+    table = f"Greedy accuracy (%, 95 % interval), Flan-T5 {config.size}, seed {config.seed}:\n\n"
     table += "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
     write_text(json.dumps(results, indent=2) + "\n", folder.path / "results.json")
     write_text(table, folder.path / "results.md")
@@ -168,42 +177,40 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(minutes=config.timeout))  # gloo between CPUs, NCCL between GPUs
     rank, n = place()
+    labeled, unlabeled, tests = load_data(config)
+    if config.device == "cpu" and config.size in HOURS and rank == 0:
+        print(f"Two cores take {HOURS[config.size] * len(unlabeled) * (config.rounds + 1):,.1f} hours, --size tiny minutes")
     bundled = config.weights or (Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else "")
     base = Path(bundled or deal([config.size], fetch_flan_t5)[0])
-    labeled, unlabeled, tests = load_data(config)
     tokenizer = Tokenizer(base)
     if not 0 <= (known := read_config(base).vocab_size) - tokenizer.vocab_size < 128:  # T5 rounds up to a multiple of 128
         raise ValueError(f"{base} has a vocabulary of {tokenizer.vocab_size} ids for a model of {known}: fetch spiece.model again")
     folder = RunFolder(out)
-    deal([asdict(config)], lambda config: folder.open(config, MAY_CHANGE))
-
-    def log(record: dict) -> None:
-        if rank == 0:
-            print_log(record)
-            folder.log(record)
-
+    checksum = hashlib.sha256(repr((labeled, unlabeled, tests)).encode()).hexdigest()[:16]  # a file may change under its name
+    deal([{**asdict(config), "checksum_of_problems": checksum}], lambda config: folder.open(config, MAY_CHANGE))
+    log = lambda record: (print_log(record), folder.log(record)) if rank == 0 else None
     began = time.perf_counter()
     if rank == 0:
         print(f"Flan-T5 {config.size} on {n} x {config.device}: {len(labeled)} labeled, {len(unlabeled)} unlabeled -> {out}")
     for method in ("st", "dpo-st") if config.method == "both" else (config.method,):
         model = self_train(method, labeled, unlabeled, tests, config, Stages(base, tokenizer, config, folder, log))
     if rank == 0:
-        seconds = time.perf_counter() - began
-        print(f"\n{report(config, folder)}\n{seconds:,.0f} s. Next: decode.py --checkpoint {model} 'QUESTION'")
+        print(f"\n{report(config, folder)}\n{time.perf_counter() - began:,.0f} s. Pictures: python -m tests.bench.report {out}"
+              f"\nNext: python decode.py --checkpoint {model} 'QUESTION'")  # fmt: skip
 
 if __name__ == "__main__":
     code = 0
     try:
         main()
     except KeyboardInterrupt:
-        print("\nrun.py: stopped; the same command continues where it was", file=sys.stderr)
+        print(f"\nrun.py: stopped; the same command continues where it was: python {' '.join(sys.argv)}", file=sys.stderr)
         code = 130
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         problem, advice, code = " ".join(str(error).split()), "", 2
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in problem:
             advice = ": lower --micro-batch-tokens (training) or --decode-batch-size (sampling); the same command continues"
         elif "gloo" in problem or isinstance(error, dist.DistError):
-            problem, advice = "another process has ended, or has not answered", f" ({problem[:150]}); the same command continues"
+            problem = f"another process has ended, or needs more than --timeout ({problem[:150]}); the same command continues"
         elif isinstance(error, RuntimeError):
             raise
         elif getattr(error, "errno", None):  # the system refused something: disk full, no right to write

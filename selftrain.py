@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.problems import Problem, read_jsonl, write_jsonl
+from data.problems import Problem, read_jsonl, same_answer, write_jsonl
 from decode import generate
 from dpo import PreferencePair, make_pair_examples, train_dpo
 from model import T5, load_flan_t5, save_flan_t5
-from sft import Progress, Schedule, deal, make_examples, place, train_sft
+from sft import Progress, Schedule, alone, deal, make_examples, place, train_sft
 from tokenizer import Tokenizer
 
 MAX_SIMILARITY, N_PAIRS, PERCENTILE = 0.7, 3, 90  # authors' code
@@ -37,12 +37,17 @@ def extract_answer(rationale: str) -> float | None:
         return None
     return answer if math.isfinite(answer) else None
 
-def is_correct(rationale: str, answer: float) -> bool:
+def is_correct(rationale: str, answer: float | str) -> bool:
     """Whether the rationale reaches the gold answer.  DIFFERS: one tolerance everywhere; the authors use two."""
-    predicted = extract_answer(rationale)
-    return predicted is not None and abs(predicted - answer) < 1e-4
+    predicted = (None, *rationale.split("#### ")[1:])[-1] if isinstance(answer, str) else extract_answer(rationale)
+    return predicted is not None and same_answer(predicted, answer)
 
-def split_samples(rationales: Sequence[str], answer: float) -> tuple[list[str], list[str]]:
+def pass_at_k(n: int, n_correct: int, k: int) -> float:
+    """The chance that k of n samples, n_correct of them correct, hold a correct one: an unbiased estimate of pass@k.
+    Source: Chen et al. (2021), eq. 1; the paper's figure 6."""
+    return 1 - math.comb(n - n_correct, k) / math.comb(n, k)
+
+def split_samples(rationales: Sequence[str], answer: float | str) -> tuple[list[str], list[str]]:
     """Sort one question's samples into correct and incorrect ones, exact duplicates dropped, order kept."""
     distinct = list(dict.fromkeys(rationales))
     correct = [rationale for rationale in distinct if is_correct(rationale, answer)]
@@ -126,9 +131,8 @@ def self_train(method: str, labeled: Sequence[Problem], unlabeled: Sequence[Prob
     return model
 
 class Stages:
-    """The pieces of work in `self_train`. What one makes is kept under its name in a data.folder.RunFolder, and a run that
-    was stopped finds it there. A model passes as the folder of its checkpoint. Under torchrun every process goes through
-    all stages, the work inside a stage is shared, and process 0 writes."""
+    """The pieces of work in `self_train`, each kept under its name in a data.folder.RunFolder. A model passes as the folder of
+    its checkpoint. Under torchrun every process goes through all stages, shares the work in them, and process 0 writes."""
     def __init__(self, base: Path, tokenizer: Tokenizer, config, folder, log: Callable[[dict], None]):
         self.base, self.tokenizer, self.config, self.folder, self.log = base, tokenizer, config, folder, log
         same = {item.name: getattr(config, item.name) for item in fields(Schedule)[2:]}
@@ -137,11 +141,11 @@ class Stages:
 
     def keep_model(self, name: str, start: Path, train: Callable[..., T5]) -> Path:
         """Train the checkpoint in `start` unless that is done; return the folder of the result."""
-        if not self.folder.find(f"{name}/"):
+        if not self.folder.find(f"{name}/spiece.model"):  # the last of its files
             progress = Progress(self.folder, name, self.config.save_every)
             model = train(load_flan_t5(start, device=self.config.device), name=name, log=self.log, progress=progress)
             save = lambda path: (save_flan_t5(model, path), shutil.copy(self.base / "spiece.model", path))
-            deal([0], lambda _: self.folder.write(name, save, replaces=f"{name}.step-"))
+            alone(lambda: self.folder.write(name, save, replaces=f"{name}.step-"))
         return self.folder.path / name
 
     def keep_rows(self, name: str, work: Sequence, do: Callable[..., list[dict]], summary: Callable[[list], dict]) -> list[dict]:
@@ -152,9 +156,9 @@ class Stages:
             missing = [i for i, part in enumerate(parts) if not folder.find(part)]
             for turn in (missing[at : at + n] for at in range(0, len(missing), n)):
                 done = deal([work[i] for i in turn], do)
-                deal([0], lambda _: [folder.write(parts[i], partial(write_jsonl, rows)) for i, rows in zip(turn, done)])
+                alone(lambda: [folder.write(parts[i], partial(write_jsonl, rows)) for i, rows in zip(turn, done)])
             join = lambda path: write_jsonl((row for part in parts for row in read_jsonl(folder.path / part)), path)
-            deal([0], lambda _: folder.write(f"{name}.jsonl", join, replaces=f"{name}.parts"))
+            alone(lambda: folder.write(f"{name}.jsonl", join, replaces=f"{name}.parts"))
             self.log({"stage": name, **summary(read_jsonl(path))})
         return read_jsonl(path)
 
@@ -176,9 +180,8 @@ class Stages:
         return self.keep_model(name, policy, partial(train_dpo, pairs=examples, held_out=held_out, **how))
 
     def write_rationales(self, name: str, model: Path, work: Sequence[tuple], summary: Callable) -> list[dict]:
-        """Rationales of a checkpoint, a row for each problem. A piece of work: what its rows begin with, its problems, and
-        options of `generate`. The pieces, so the batches, so every rationale to the byte, are the same however many
-        processes there are and wherever a run was stopped."""
+        """A row of rationales for each problem. A piece of work: what its rows begin with, its problems, options of `generate`.
+        The pieces, so the batches, so every byte, are the same on any number of processes and after any stop."""
         c = self.config
         load = cache(lambda: load_flan_t5(model, torch.bfloat16 if c.device == "cuda" else torch.float32, c.device))
 
@@ -196,8 +199,9 @@ class Stages:
         """n_samples rationales per problem at the sampling temperature."""
         c, how = self.config, {"n_samples": n_samples, "seed": f"{self.config.seed}/{name}"}
         how |= {name: getattr(c, name) for name in ("temperature", "top_k", "calculator")}
-        correct = lambda rows: sum(is_correct(text, row["answer"]) for row in rows for text in row["rationales"])
-        count = lambda rows: {"rationales": n_samples * len(rows), "correct": correct(rows)}
+        correct = lambda row: sum(is_correct(text, row["answer"]) for text in row["rationales"])
+        share = lambda rows, k: 100 * float(np.mean([pass_at_k(n_samples, correct(row), k) for row in rows]))
+        count = lambda rows: {"rationales": n_samples * len(rows), **{f"pass@{k}": share(rows, k) for k in (1, n_samples)}}
         work = [({}, part, how) for part in cut(problems, n_samples)]
         return [row["rationales"] for row in self.write_rationales(name, model, work, count)]
 
@@ -205,7 +209,7 @@ class Stages:
         """Greedy rationales on every test set, and on the first one without the calculator too."""
         sets = [(test, True) for test in tests] + [(test, False) for test in [*tests][:1]]
         work = [({"test": t, "calculator": on}, part, {"calculator": on}) for t, on in sets for part in cut(tests[t])]
-        self.write_rationales(name, model, work, accuracies)
+        self.write_rationales(name, model, work, lambda rows: {test: found[0] for test, found in accuracies(rows).items()})
 
     def pairs(self, name: str, problems: Sequence[Problem], samples: Samples) -> list[PreferencePair]:
         return self.keep(name, PreferencePair, make_pairs, problems, samples, self.config.n_pairs)
@@ -223,13 +227,19 @@ def cut(problems: Sequence, n_samples: int = 1) -> list[Sequence]:
     n = max(1, math.ceil(len(problems) / max(1, PART // n_samples)))
     return [problems[len(problems) * i // n : len(problems) * (i + 1) // n] for i in range(n)]
 
-def accuracies(rows: Sequence[dict]) -> dict[str, float]:
-    """Percentage of problems solved, by test."""
+def accuracies(rows: Sequence[dict]) -> dict[str, list[float]]:
+    """Percentage of problems solved, by test, and both ends of its 95 % interval."""
     solved: dict[str, list[bool]] = {}
     for row in rows:
         name = row["test"] + ("" if row["calculator"] else " without calculator")
         solved.setdefault(name, []).append(is_correct(row["rationales"][0], row["answer"]))
-    return {name: 100 * sum(right) / len(right) for name, right in solved.items()}
+    return {name: [round(100 * share, 2) for share in wilson(sum(right), len(right))] for name, right in solved.items()}
+
+def wilson(n_right: int, n: int, z: float = 1.96) -> tuple[float, float, float]:
+    """The share n_right / n and its interval, 95 % for this z. Source: Wilson (1927)."""
+    share, size = n_right / n, 1 + z * z / n
+    middle, half = (share + z * z / 2 / n) / size, z * math.sqrt(share * (1 - share) / n + (z / 2 / n) ** 2) / size
+    return share, max(0.0, middle - half), min(1.0, middle + half)
 
 if __name__ == "__main__":
     tokenizer = Tokenizer(Path(__file__).parent / "data" / "tiny")

@@ -46,10 +46,9 @@ class Schedule:
     final_ratio: float = 0.1  # authors' code: the cosine ends at this part of the peak, not at 0
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    micro_batch_tokens: int = 2048  # our choice: padded tokens per forward pass; memory only, never the result
+    micro_batch_tokens: int = 2048  # our choice: padded tokens per forward pass; only dropout's draw and rounding depend on it
     gradient_checkpointing: bool = False  # our choice: compute activations twice rather than keep them
     shard: bool = False  # our choice: each of several processes keeps only its share of the weights and moments
-    save_every: float = 10  # our choice: minutes between two saves of a training that may be stopped
     log_every: int = 10  # optimiser steps between two lines
     seed: int = 42  # authors' code
 
@@ -151,7 +150,7 @@ def train(
         if not math.isfinite(norm):
             kept = progress and progress.folder.find(progress.name) or "none yet"
             raise FloatingPointError(f"{name}: the gradient of step {step + 1} (items {sorted(batch)}) is not finite: lower "
-                                     f"the learning rate; last good checkpoint: {kept}")  # fmt: skip
+                                     f"the learning rate, with another --out; last good checkpoint: {kept}")  # fmt: skip
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, n_steps, schedule)
         optimizer.step()
         optimizer.zero_grad()
@@ -192,9 +191,13 @@ def deal(work: Sequence, do: Callable, title: str | None = None) -> list:
         dist.all_gather_object(everyone, done)
     return [everyone[i % n][i // n] for i in range(len(work))]
 
+def alone(do: Callable[[], object]) -> None:
+    """Let process 0 change files, when no other is still looking for what is there, and all others wait until it has."""
+    deal((), do)
+    deal([0], lambda _: do())
+
 class Loss(nn.Module):
-    """loss_of(model, items), on a GPU with products in bf16 over fp32 weights. It is a module because what spreads a
-    training over processes hooks in where a module is called."""
+    """loss_of(model, items), on a GPU in bf16 over fp32 weights. A module, for there data parallelism can hook in."""
     def __init__(self, model: T5, loss_of: Callable):
         super().__init__()
         self.model, self.loss_of = model, loss_of
@@ -223,8 +226,7 @@ def whole_states() -> tuple:
     return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 class Progress:
-    """Where a training stands, kept in a data.folder.RunFolder every few minutes: the same training goes on from there,
-    with however many processes."""
+    """Where a training stands, kept in a data.folder.RunFolder: the same training goes on from there, on any number of GPUs."""
     def __init__(self, folder, name: str, minutes: float):
         self.folder, self.name, self.minutes, self.saved = folder, f"{name}.step-", minutes, time.monotonic()
 
@@ -241,7 +243,7 @@ class Progress:
         if any(deal([0], lambda _: time.monotonic() - self.saved >= 60 * self.minutes)):
             api, whole = whole_states()
             write = partial(save_tensors, (*api.get_state_dict(model, optimizer, options=whole), step))
-            deal([0], lambda _: self.folder.write(f"{self.name}{step}.pt", write, replaces=self.name))
+            alone(lambda: self.folder.write(f"{self.name}{step}.pt", write, replaces=self.name))
             self.saved = time.monotonic()
 
 if __name__ == "__main__":
@@ -254,4 +256,3 @@ if __name__ == "__main__":
     for before, target, logp in zip(shift_right(labels)[0].tolist(), example.labels, logps.tolist()):
         print(f"  after {tokenizer.piece(before)!r:>8} -> {tokenizer.piece(target) or '</s>'!r:<8} log p = {logp:8.4f}")
     print(f"loss (eq. 2) = -({logps.sum():.4f}) / {len(logps)} tokens = {-logps.mean():.4f}")
-    train_sft(model, [example], 20, Schedule(learning_rate=1e-3, log_every=5))

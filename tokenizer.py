@@ -17,7 +17,7 @@ N_SENTINELS = 100
 MAX_QUESTION, MAX_RATIONALE = 200, 300  # authors' code: longer texts are cut (tokens)
 
 class Tokenizer:
-    """T5's tokenizer: the pieces of spiece.model, and behind them 100 sentinels, which only pre-training uses."""
+    """T5's tokenizer: the pieces of spiece.model, and 100 sentinels for pre-training.  DIFFERS: no text means or shows them."""
     def __init__(self, path: str | Path):
         """path: a spiece.model, or the checkpoint folder that holds one. Raises FileNotFoundError or ValueError."""
         path = Path(path) / "spiece.model" if Path(path).is_dir() else Path(path)
@@ -66,7 +66,7 @@ def format_rationale(text: str) -> str:
     """
     text = re.sub(r"<<(\d+)=\1>>", "", text.translate(KNOWN_SIGNS))  # an annotation that only restates a number
     text = re.sub(r"(?<=\D):(?=\d)", ": ", text)  # but 5:30 is a time of day
-    text = text.replace("<<", "[ ").replace(">>", "] ")
+    text = text.replace("<<", "[ ").replace(">>", "] ").replace("####", "#### ").replace("####  ", "#### ")
     text = re.sub(r"\$(?=\S)", "$ ", text)
     # A match uses up both neighbours, so 2+3+4 becomes 2 + 3+4: kept, because the authors' training text has it so.
     for sign in "+-*/=":
@@ -76,5 +76,5 @@ def format_rationale(text: str) -> str:
 if __name__ == "__main__":
     raw = "Tom sold 48/2 = <<48/2=24>>24 cards.\nHe has 90-24 = <<90-24=66>>66 left.\n#### 66"
     tokenizer = Tokenizer(Path(__file__).parent / "data" / "tiny")
-    print(f"raw:       {raw!r}\nformatted: {format_rationale(raw)!r}")
-    print("pieces:    " + " ".join(repr(tokenizer.piece(i)) for i in tokenizer.encode(format_rationale(raw))))
+    pieces = " ".join(repr(tokenizer.piece(i)) for i in tokenizer.encode(format_rationale(raw)))
+    print(f"raw:       {raw!r}\nformatted: {format_rationale(raw)!r}\npieces:    {pieces}")

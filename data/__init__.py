@@ -1,1 +1,1 @@
-"""Data: `problems` reads and writes, `sources` fetches, `synthetic` makes problems, `make_tiny` makes the tiny checkpoint."""
+"""Data: `problems` reads and writes, `sources` fetches, `synthetic` makes problems, `folder` keeps what a run has made."""

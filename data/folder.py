@@ -20,7 +20,6 @@ SUMS = "sha256sums.txt"
 
 class RunFolder:
     """The files of one run, to be found by name."""
-
     def __init__(self, path: Path):
         self.path = path
 
@@ -46,13 +45,16 @@ class RunFolder:
             raise ValueError(f"{stored} is damaged: {elsewhere}") from None
         names = [name for name in {**config, **before} if name not in may_change and before.get(name) != config.get(name)]
         if names:
-            changed = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in names)
+            changed = ", ".join(f"--{name.replace('_', '-')} {before.get(name) or 'off'}" for name in names)
             raise ValueError(f"{self.path} holds a run with {changed}: repeat that, or choose another --out")
         write_text(json.dumps(config, indent=2) + "\n", stored)
         self._list(sums)
+        for path in (*self.path.rglob("*.parts"), *self.path.rglob("*.step-*"), *self.path.rglob("*.partial")):  # of a kill
+            if not self.find(path.relative_to(self.path).as_posix()):
+                remove(path)
         log = self.path / "log.jsonl"
         if log.exists() and not (content := log.read_bytes()).endswith(b"\n"):  # killed in the middle of a line
-            log.write_bytes(content[: content.rfind(b"\n") + 1])
+            os.truncate(log, content.rfind(b"\n") + 1)
 
     def find(self, name: str) -> Path | None:
         """The path of the first finished file whose name begins so, None if there is none."""
@@ -84,7 +86,7 @@ class RunFolder:
         try:
             self.lock = sqlite3.connect(self.path / "lock", timeout=0)
             self.lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             if "locked" in str(error):
                 raise ValueError(f"another process is at work in {self.path}: wait for it, or choose another --out") from None
             raise OSError(f"{self.path} cannot be written to ({error}): choose another --out") from None

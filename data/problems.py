@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NUMBER = re.compile(r"-?([0-9][0-9,]*\.?[0-9]*|\.[0-9]+)")
+WORD = re.compile(r"[^\W\d_].{0,39}")  # begins with a letter: `6 apples` is meant to be a number
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its gold answer and, where there is one, a rationale: in files GSM8K's raw text with its `#### 24` line."""
-
+    """A question, its gold answer (a number or a short text), and maybe a rationale: in files GSM8K's raw text, `#### 24` last."""
     question: str
-    answer: float
+    answer: float | str
     rationale: str | None = None
 
 def load_problems(path: str | Path) -> list[Problem]:
@@ -73,20 +73,38 @@ def _to_problem(row: dict) -> Problem:
     question, answer, rationale = row.get("question"), row.get("answer"), row.get("rationale")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question must be text, and not empty")
-    if isinstance(answer, str):  # GSM8K keeps the rationale here
+    if isinstance(answer, str) and "####" in answer:  # GSM8K keeps the rationale here
         if rationale is not None:
             raise ValueError("both a rationale and an answer in words; keep one of them")
-        rationale, answer = answer, _final_number(answer)
-    answer = row.get("ans", answer)
-    if isinstance(answer, bool) or not isinstance(answer, (int, float)) or not math.isfinite(answer):
-        raise ValueError(f"the answer must be a finite number, not {answer!r:.40}")
-    if rationale is not None and abs(_final_number(rationale) - answer) >= 1e-4:
-        raise ValueError(f"the rationale ends in another number than the answer, {answer}")
-    f"{question}{rationale}".encode()  # refuses half a surrogate pair, which JSON can spell and no file can hold
-    return Problem(question, float(answer), rationale)
+        rationale, answer = answer, _final_answer(answer)
+    elif answer is not None and "ans" in row:
+        raise ValueError("both an answer and an ans; keep one of them")
+    answer = row.get("ans", _final_answer(rationale) if answer is None and isinstance(rationale, str) else answer)
+    answer = _to_answer(answer) if isinstance(answer, str) else answer
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer)
+    if not is_number and not isinstance(answer, str):
+        raise ValueError(f"the answer must be a finite number or a short text, not {answer!r:.40}")
+    if rationale is not None and not same_answer(_final_answer(rationale), answer):
+        raise ValueError(f"the rationale ends in another answer than {answer}")
+    f"{question}{answer}{rationale}".encode()  # refuses half a surrogate pair, which JSON can spell and no file can hold
+    return Problem(question, float(answer) if is_number else answer, rationale)
 
-def _final_number(rationale: object) -> float:
+def same_answer(a: float | str, b: float | str) -> bool:
+    """Numbers are the same up to 1e-4, texts up to case, spaces and a final stop."""
+    if isinstance(a, str) and isinstance(b, str):
+        a, b = ("".join(text.split()).rstrip(".").casefold() for text in (a, b))
+        return a == b
+    return not isinstance(a, str) and not isinstance(b, str) and abs(a - b) < 1e-4
+
+def _final_answer(rationale: object) -> float | str:
     _, marker, end = rationale.rpartition("####") if isinstance(rationale, str) else ("", "", "")
-    if not marker or not NUMBER.fullmatch(end.strip()):
-        raise ValueError('a rationale, or an answer in words, must be text that ends in "#### NUMBER"')
-    return float(end.replace(",", ""))
+    if not marker:
+        raise ValueError('a rationale must be text that ends in "#### ANSWER"')
+    return _to_answer(end)
+
+def _to_answer(text: str) -> float | str:
+    if NUMBER.fullmatch(text := text.strip()):
+        return float(text.replace(",", ""))
+    if not WORD.fullmatch(text):
+        raise ValueError(f"an answer must be a number or a short text, such as yes or a name, not {text!r:.40}")
+    return text

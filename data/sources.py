@@ -101,7 +101,6 @@ def _weight_files(folder: Path, weights: str) -> list[str]:
 
 class _StopAtChecksum(urllib.request.HTTPRedirectHandler):
     """The hub states a large file's checksum in the reply that redirects to its storage, and only there."""
-
     def redirect_request(self, request, reply, code, message, headers, url):
         return None if "X-Linked-ETag" in headers else super().redirect_request(request, reply, code, message, headers, url)
 

@@ -14,14 +14,13 @@ torch.set_flush_denormal(True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="the long forms of some tests too: about ten minutes more")
+    parser.addoption("--slow", action="store_true", help="the long forms of some tests too: about twenty minutes more")
 
 
 @pytest.fixture(scope="session")
 def slow(request) -> bool:
     """Whether the long form of a test is wanted."""
     return request.config.getoption("--slow")
-
 
 
 @pytest.fixture(scope="session")

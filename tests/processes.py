@@ -6,8 +6,10 @@
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import selftrain
 from data.folder import RunFolder
+from data.problems import write_jsonl
 from data.synthetic import make_problems
 from dpo import PreferencePair
 from run import Config
@@ -44,6 +47,12 @@ def main() -> None:
     pairs = [PreferencePair(p.question, p.rationale, q.rationale) for p, q in zip(problems, problems[1:])]
     stages.sft("sft", problems)  # 31 in batches of 10: the last batch of an epoch has one example, so one piece
     stages.dpo("dpo", base, pairs)
+    # As after a kill between the last part of some rows and their joining, with all processes but one slow to look.
+    deal([0], lambda _: [folder.write(f"killed.parts/{i:04}.jsonl", partial(write_jsonl, [{"row": i}])) for i in range(3)])
+    find = folder.find
+    folder.find = (lambda name: (time.sleep(0.5), find(name))[1]) if place()[0] else find
+    assert stages.keep_rows("killed", range(3), None, lambda rows: {"rows": len(rows)}) == [{"row": i} for i in range(3)]
+    folder.find = find
     known = make_problems(31, seed=1, steps=(1,))  # what the bundled checkpoint has learned to answer at length
     stages.sample("samples", base, known, 3)
     stages.evaluate("evaluation", base, {"even": known[:20], "uneven": known[:3]})

@@ -1,11 +1,12 @@
 """The fast decoder must write what the slow one writes, whatever shares its batch; the calculator must reach its row only."""
 
+import io
 import itertools
-import sys
 import json
 import os
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 
 import decode
 import model as model_file
-from decode import KVCache, RowState, generate, sample_next_token, uniform_noise
+from conftest import ROOT
+from decode import KVCache, RowState, Sample, generate, sample_next_token, uniform_noise
 from model import T5, T5Config, load_flan_t5, shift_right
 from naive import generate_naive
 from tokenizer import EOS_ID, Tokenizer, pad_batch
@@ -647,3 +649,35 @@ def test_ids_and_marks_match_in_length_and_text(naive, tokenizer):
             assert len(sample.ids) == len(sample.forced) <= 40 and EOS_ID not in sample.ids
             assert sample.finished or len(sample.ids) == 40
             assert sample.text == tokenizer.decode(sample.ids)
+
+
+def test_samples_vote_on_the_answer_question_by_question(monkeypatch, capsys):
+    """Self-consistency: the answer that most rationales reach, for each line of standard input by itself."""
+
+    def answer(model, tokenizer, questions, n_samples, temperature):
+        assert (questions, n_samples, temperature) == (["one?", "one?", "two?"], 3, 0.7)
+        return [[Sample(f"so. #### {answer}", tokenizer.encode(f"so. #### {answer}")[:-1], [False] * 9) for answer in answers]
+                for answers in (("10", "7", "10"), ("", "", "3"), ("5", "5", "8"))]  # fmt: skip
+
+    monkeypatch.setattr(decode, "generate", answer)
+    monkeypatch.setattr(sys, "argv", ["decode.py", "--samples", "3", "-"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one?\none?\n\n two? \n"))
+    decode.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "  -> 10 (2 of 3 votes)" in lines and "  -> 5 (2 of 3 votes)" in lines
+    assert "  -> no answer (2 of 3 votes)" in lines  # the same question twice: each with its own samples
+    assert lines.index("one?") < lines.index("  -> 10 (2 of 3 votes)") < lines.index("two?")
+
+
+@pytest.mark.parametrize("terminal, no_color, marks", [(True, "", "\033[7m"), (True, "1", "«"), (False, "", "«")])
+def test_the_calculators_digits_are_marked_in_colour_on_a_terminal_only(monkeypatch, capsys, terminal, no_color, marks):
+    """Escape codes in a file or a pipe are rubbish, and NO_COLOR (no-color.org) asks for none."""
+    tokenizer = Tokenizer(ROOT / "data" / "tiny")
+    ids = tokenizer.encode("[ 3 * 4 =")[:-1], tokenizer.encode("12]")[:-1]
+    sample = Sample("", ids[0] + ids[1], [False] * len(ids[0]) + [True] * len(ids[1]))
+    monkeypatch.setattr(decode, "generate", lambda *_: [[sample]])
+    monkeypatch.setattr(sys, "argv", ["decode.py", "one?"])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    decode.main()
+    assert f"{marks}12]" in (said := capsys.readouterr().out) and ("\033" in said) == (marks != "«")

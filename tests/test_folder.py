@@ -209,3 +209,25 @@ def test_the_checksum_is_the_files(tmp_path):
     """Against the value in the standard's own example."""
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_leftovers_of_a_kill_are_cleared_away(run):
+    """Killed between the list and the removal, a step of 12 bytes per parameter would lie there for ever."""
+    folder = opened(run)
+    folder.write("sft.step-2.pt", lambda path: path.write_text("newest"))
+    for name in ("sft.step-1.pt", "samples.parts/0000.jsonl", "deep/er/model.partial/weights"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("half")
+    folder.write("kept.parts/0000.jsonl", lambda path: path.write_text("whole"))
+    close(folder)
+    opened(run)
+    left = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {"sft.step-2.pt", "kept.parts/0000.jsonl"} <= left
+    assert not any(word in name for name in left for word in ("step-1", "samples.parts", "partial"))
+
+
+def test_a_lock_that_is_none_is_one_sentence(tmp_path):
+    """Something else may have that name; SQLite's own word for it is a traceback."""
+    (tmp_path / "lock").write_text("not a database " * 100)
+    with pytest.raises(OSError, match="another --out"):
+        RunFolder(tmp_path).open({})

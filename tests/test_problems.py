@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.problems import Problem, load_problems, read_jsonl, write_jsonl, write_text
+from data.problems import Problem, load_problems, read_jsonl, same_answer, write_jsonl, write_text
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 GOOD = {"question": "Tom has 2 bags of 3 apples. How many?", "rationale": "2*3 = <<2*3=6>>6 apples\n#### 6", "answer": 6}
@@ -70,6 +70,11 @@ def test_three_spellings_give_the_same_problem(tmp_path):
     assert [p.answer for p in problems] == [1800, 1800, 1800.00001]  # `ans` wins, within the tolerance of a correct answer
 
 
+def test_the_answer_may_be_left_to_the_rationale(tmp_path):
+    """Written twice it could only be written wrong once."""
+    assert load_text(tmp_path, '{"question": "How many?", "rationale": "2+4\\n#### 6"}') == [Problem("How many?", 6.0, "2+4\n#### 6")]
+
+
 def test_a_problem_without_rationale_is_a_question_and_a_number(tmp_path):
     """Unlabeled problems and test sets have no rationale; an empty text instead of None would be trained on."""
     assert load_text(tmp_path, '{"question": "How many?", "ans": 6.0, "source": "elsewhere"}') == [Problem("How many?", 6.0)]
@@ -81,6 +86,22 @@ def test_a_problem_without_rationale_is_a_question_and_a_number(tmp_path):
 def test_the_number_after_the_last_mark_is_the_answer(tmp_path, text, value):
     """GSM8K writes commas, signs and spaces as it likes; each spelling is the same number."""
     assert load_text(tmp_path, json.dumps({"question": "How many?", "answer": text}))[0].answer == value
+
+
+@pytest.mark.parametrize("text, value", [("yes", "yes"), ("  (no) ".strip(" ()"), "no"), ("B", "B"), ("Ana Maria.", "Ana Maria."), ("24", 24.0)])
+def test_an_answer_may_be_a_short_text(tmp_path, text, value):
+    """Other reasoning tasks end in yes, a letter or a name, in the answer's field or behind the mark."""
+    for row in ({"answer": text}, {"ans": text}, {"answer": f"Therefore.\n#### {text}"}, {"answer": text.upper(), "rationale": f"So. #### {text}"}):
+        (problem,) = load_text(tmp_path, json.dumps({"question": "Is it?", **row}))
+        assert same_answer(problem.answer, value)
+
+
+@pytest.mark.parametrize("answer", ["6 apples", "?", "", "x" * 41, "yes\nno", "_", "9" * 400])
+def test_what_is_neither_a_number_nor_a_short_text_is_refused(tmp_path, answer):
+    """`6 apples` is a number with a slip behind it: taken for a text it would make every correct rationale wrong."""
+    for row in ({"answer": answer}, {"answer": f"So.\n#### {answer}"}):
+        with pytest.raises(ValueError, match="line 1"):
+            load_text(tmp_path, json.dumps({"question": "Is it?", **row}))
 
 
 def test_blank_lines_byte_order_marks_and_windows_line_ends_are_harmless(tmp_path):

@@ -58,6 +58,13 @@ def test_losses_are_those_of_one_process(results, name):
 
 
 @pytest.mark.parametrize("name", ["2", "4", "shard"])
+def test_a_slow_process_finds_what_the_others_found(results, name):
+    """Whether a stage is done is asked of the disk, which process 0 changes: it must wait until all have looked, or one skips
+    the work that the others do together, and all wait for each other for ever."""
+    assert (results[name] / "killed.jsonl").read_bytes() == (results["1"] / "killed.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["2", "4", "shard"])
 def test_rationales_are_the_same_to_the_byte(results, name):
     """Sampled or greedy. Parts are cut before they are dealt, so every batch is the same one, and nothing is left to
     rounding at near-ties."""
@@ -77,7 +84,7 @@ def test_checkpoints_are_whole_and_those_of_one_process(results, name):
     assert not list(results[name].rglob("*.partial")) and not list(results[name].glob("*.parts"))
     listed = {line.split("  ")[1] for line in (results[name] / "sha256sums.txt").read_text().splitlines()}
     assert listed == {f"{s}/{f}" for s in ("sft", "dpo") for f in ("config.json", "pytorch_model.bin", "spiece.model")} | {
-        "samples.jsonl", "evaluation.jsonl"
+        "samples.jsonl", "evaluation.jsonl", "killed.jsonl"
     }  # fmt: skip
 
 
@@ -130,4 +137,4 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(tmp_path, slow):
     os.kill(children(process)[1], signal.SIGSTOP)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and time.time() - began < 60
-    assert "another process has ended, or has not answered" in output and "the same command continues" in output
+    assert "another process has ended, or needs more than --timeout" in output and "the same command continues" in output

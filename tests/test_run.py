@@ -1,6 +1,7 @@
 """run.py: a whole run is one command, which can be stopped at any moment, asked, and pointed at the real thing."""
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import run
 import selftrain
 import sft
 from conftest import ROOT
-from data.problems import read_jsonl
+from data.problems import Problem, read_jsonl, write_jsonl
 from model import SIZES, T5, save_flan_t5
 
 # Small enough for seconds, yet every stage has work: some samples are right, some are wrong.
@@ -59,6 +60,7 @@ def main_in_this_process(*arguments: object) -> tuple[int, str]:
     finally:
         sys.argv = before
         signal.signal(signal.SIGTERM, handler)
+        gc.collect()  # and with what is left of it the lock of its folder
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +95,8 @@ def test_the_numbers_of_a_run_add_up(finished):
     assert list(results) == ["warm-up", "st/round-1", "dpo-st/round-1"]
     for stage, row in results.items():
         stored = read_jsonl(finished / stage / "evaluation.jsonl")
-        assert row == {test: round(accuracy, 2) for test, accuracy in selftrain.accuracies(stored).items()}
-        assert list(row) == ["held-out", "held-out without calculator"] and len(stored) == 48
+        assert row == selftrain.accuracies(stored)
+        assert list(row) == ["held-out", "library", "orchard", "held-out without calculator"] and len(stored) == 4 * 24
     table = (finished / "results.md").read_text()
     assert "| SFT | 0 |" in table and "| ST | 1 |" in table and "| DPO-ST | 1 |" in table
 
@@ -238,7 +240,13 @@ def test_the_model_of_a_finished_run_can_be_asked(finished):
         (["--percentile", "150"], "--percentile"),
         (["--held-out", "1"], "--held-out"),
         (["--weights", "no/such/folder"], "no/such/folder"),
-        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--labeled", "no/such/file", "--test", "mine=no/such/file"], "no/such/file"),
+        (["--labeled", "no/such/file"], "--test"),
+        (["--labeled", "no/such/file", "--test", "no/such/file"], "--test NAME=FILE"),
+        (["--labeled", "no/such/file", "--test", "a=b", "--test", "a=c"], "each name once"),
+        (["extra"], "--help"),
+        (["--sead", "3"], "--seed"),
+        (["--dpo-learning_rate=1"], "--dpo-learning-rate"),
     ],
 )
 def test_mistakes_get_one_sentence_and_exit_code_2(arguments, words, tmp_path):
@@ -254,6 +262,59 @@ def test_a_first_command_that_fails_does_not_claim_the_folder(tmp_path):
     assert result.returncode == 2 and not (tmp_path / "run").exists()
 
 
+def write_problems(path: Path, problems: list) -> Path:
+    write_jsonl(map(asdict, problems), path)
+    return path
+
+
+TALLER = "Ana is taller than Ben. Ben is taller than Carl. Who is {}?"
+OWN = ["--sft-epochs", 2, "--dpo-steps", 2, "--rounds", 1, "--method", "dpo-st", "--dpo-samples", 3, "--max-new-tokens", 30]
+
+
+def test_your_own_problems_with_answers_in_words(tmp_path):
+    """Ten problems that a teacher types in, other questions without rationales, a test; the answer is a name."""
+    labeled = [Problem(f"{i}: {TALLER.format('tallest')}", "Ana", "Ana is taller than Ben.\n#### Ana") for i in range(10)]
+    unlabeled = [Problem(f"{i}: {TALLER.format('tallest')} Say it.", "ana") for i in range(4)]
+    test = [Problem("The test: " + TALLER.format("tallest"), "ANA"), Problem("The test: " + TALLER.format("shortest"), "Carl")]
+    files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled), "--unlabeled", write_problems(tmp_path / "u.jsonl", unlabeled)]
+    files += ["--test", f"taller={write_problems(tmp_path / 't.jsonl', test)}"]
+    code, words = main_in_this_process(*files, *OWN, "--out", tmp_path / "run")
+    assert code == 0, words
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results["warm-up"]) == {"taller", "taller without calculator"}
+    assert len(read_jsonl(tmp_path / "run/dpo-st/round-1/samples-for-pairs.jsonl")) == 4
+
+
+def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path):
+    """A score on questions that were trained on says nothing; found after a week of training it is too late."""
+    shared = Problem("How many are 2 + 3?", 5.0, "2 + 3 = <<2+3=5>>5\n#### 5")
+    labeled = write_problems(tmp_path / "l.jsonl", [shared, Problem("How many are 2 + 4?", 6.0, "2 + 4 = <<2+4=6>>6\n#### 6")])
+    test = write_problems(tmp_path / "t.jsonl", [shared, Problem("How many are 2 + 5?", 7.0)])
+    files = ["--labeled", labeled, "--test", f"mine={test}", *OWN, "--out", tmp_path / "run"]
+    code, words = main_in_this_process(*files)
+    assert code == 2 and "mine: 1 question" in words and "2 + 3" in words and "--allow-leakage" in words
+    assert not (tmp_path / "run").exists()
+    code, words = main_in_this_process(*files, "--allow-leakage")
+    assert code == 0, words
+    write_problems(test, [replace(shared, answer=50.0, rationale=None)])  # another file under the same name
+    result = command(*files, "--allow-leakage")
+    assert result.returncode == 2 and "checksum-of-problems" in result.stderr and "another --out" in result.stderr
+
+
+def test_a_large_model_on_a_cpu_says_first_what_it_will_take(tmp_path, monkeypatch, capsys):
+    """Nobody should find out on the third day. The sentence comes before the weights are fetched."""
+    def fetch(size):
+        raise OSError("stopped here")
+
+    labeled = write_problems(tmp_path / "l.jsonl", [Problem("How many are 2 + 4?", 6.0, "2 + 4 = <<2+4=6>>6\n#### 6")] * 1000)
+    test = write_problems(tmp_path / "t.jsonl", [Problem("How many are 2 + 5?", 7.0)])
+    monkeypatch.setattr(run, "fetch_flan_t5", fetch)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--size", "base", "--device", "cpu", "--labeled", str(labeled), "--test", f"t={test}"])
+    with pytest.raises(OSError):
+        run.main()
+    assert "21.2 hours" in (said := capsys.readouterr().out) and "--size tiny" in said, said
+
+
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
     """Its last ids would index past the embedding: a crash in the middle of a batch, on a GPU without a word."""
     save_flan_t5(T5(replace(SIZES["tiny"], vocab_size=300)), tmp_path / "model")
@@ -266,8 +327,7 @@ def test_two_hundred_broken_lines_are_refused_with_their_number(tmp_path):
     """A bad line in somebody's file is named by file and number, before anything is trained; skipped, it would change the
     training set without a word."""
     good = '{"question": "How many are 1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\\n#### 2"}'
-    (tmp_path / "gsm8k").mkdir()
-    rng, path = random.Random(0), tmp_path / "gsm8k/train.jsonl"
+    rng, path = random.Random(0), tmp_path / "train.jsonl"
     for number in range(200):
         broken = bytearray(good.encode())
         kind = number % 4
@@ -280,11 +340,11 @@ def test_two_hundred_broken_lines_are_refused_with_their_number(tmp_path):
             broken[rng.randrange(2, len(broken))] = rng.choice([0xFF, 0xC0, 0x80])
         else:  # well-formed, and wrong
             broken = rng.choice([b"5", b"[]", b"null", b'{"question": 5, "answer": "#### 2"}', b'{"question": "", "answer": "#### 2"}',
-                                 b'{"question": "q"}', b'{"question": "q", "answer": "no number"}', b'{"question": "q", "answer": NaN}',
+                                 b'{"question": "q"}', b'{"question": "q", "answer": "7 apples"}', b'{"question": "q", "answer": NaN}',
                                  b'{"question": "q", "answer": "#### 2", "ans": 3}', b'{"question": "q", "answer": true}'])  # fmt: skip
         lines = [good.encode()] * rng.randint(0, 5)
         path.write_bytes(b"\n".join([*lines, bytes(broken), good.encode()]))
-        code, words = main_in_this_process("--data", tmp_path, "--out", tmp_path / "run")
+        code, words = main_in_this_process("--labeled", path, "--test", f"mine={path}", "--out", tmp_path / "run")
         assert code == 2 and f"train.jsonl, line {len(lines) + 1}:" in words and words.count("\n") == 1, (bytes(broken), words)
     assert not (tmp_path / "run").exists()
 
@@ -330,7 +390,7 @@ def test_every_hyper_parameter_of_the_paper_is_a_flag_with_that_default():
     assert (config.warmup_ratio, config.final_ratio, config.weight_decay, config.max_grad_norm) == (0.1, 0.1, 0.01, 1.0)
     assert (config.max_new_tokens, config.method, config.seed) == (300, "dpo-st", 42)
     text = command("--help").stdout
-    assert all(run.flag(item.name) in text for item in run.OPTIONS)
+    assert all("--" + item.name.replace("_", "-") in text for item in run.OPTIONS)
 
 
 def test_the_paper_has_the_same_numbers_wherever_they_are_defaults():
@@ -350,8 +410,10 @@ def test_the_real_checkpoint_and_real_gsm8k_run_every_stage(shared, tmp_path, sl
         limits = ["--limit", "4", "--sft-epochs", "1", "--dpo-steps", "1", "--dpo-samples", "2", "--sft-samples", "1"]
     else:
         limits = ["--limit", "64"]
+    data = shared / "data"
+    tests = [f"--test={name}={data / name.lower() / 'test.jsonl'}" for name in run.TESTS]
     result = command(
-        "--weights", shared / "mini-flan-t5", "--data", shared / "data", "--rounds", 1, *limits, "--out", tmp_path / "run"
+        "--weights", shared / "mini-flan-t5", "--labeled", data / "gsm8k/train.jsonl", *tests, "--rounds", 1, *limits, "--out", tmp_path / "run"
     )
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
