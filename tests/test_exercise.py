@@ -1,0 +1,105 @@
+"""The exercises: an empty function fails its grader with a message that helps, and plausible wrong answers fail it, too."""
+
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from conftest import ROOT
+from tests.exercise import EXERCISES, copy, empty, prepare
+
+# exercise, file, right, wrong: what a student may well write, and must not pass with.
+WRONG = {
+    "off-by-one bucket": (1, "model.py", "(distance > 0) * (n_buckets // 2)", "(distance >= 0) * (n_buckets // 2)"),
+    "forgotten EOS": (6, "tokenizer.py", "[: max_length - 1 if max_length else None] + [EOS_ID]", "[:max_length]"),
+    "mean instead of sum": (8, "dpo.py", "labels.to(model.device)).sum(-1)", "labels.to(model.device)).mean(-1)"),
+    "shifted labels": (6, "sft.py", "model.decode(shift_right(labels)", "model.decode(shift_right(shift_right(labels))"),
+    "policy used as reference": (8, "dpo.py", "torch.tensor([pair.reference_logps for pair in pairs], device=model.device)",
+                                 "torch.stack(sequence_logps(model, pairs), -1).detach()"),
+    "deduplication that drops the gold": (9, "selftrain.py", "[p.rationale, *rationales]", "[*rationales, p.rationale]"),
+    "dropout left on": (8, "dpo.py", "dropout=False", "dropout=True"),
+    "cache written one slot late": (3, "decode.py", "(self.clock - 1) % self.size", "self.clock % self.size"),
+    "calculator firing in the wrong row": (5, "decode.py", "self.queue = deque()", "self.queue = vars(tokenizer).setdefault('queue', deque())"),
+    "pairs from unlabeled gold": (12, "selftrain.py", "rationale=gold.get(problem.question)) for", "rationale=gold.get(problem.question, problem.rationale)) for"),
+}  # fmt: skip
+
+
+def grade(folder, exercise) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(exercise.tests)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def some(cases: list, slow: bool) -> list:
+    """All of them with --slow; a few, to keep the suite short, without."""
+    return cases if slow else cases[::6]
+
+
+def test_every_emptied_function_fails_its_grader_and_says_whose_it_is(tmp_path, slow):
+    """A grader that passes on an empty function grades nothing; a bare stack trace would not tell a student where to write."""
+
+    def attempt(number: int) -> str:
+        exercise = prepare(number, tmp_path / str(number))
+        result = grade(tmp_path / str(number), exercise)
+        return "" if result.returncode == 1 and f"exercise {number}: " in result.stdout else f"{number}: {result.stdout[-2000:]}"
+
+    numbers = [number for number, exercise in enumerate(EXERCISES, 1) if exercise.empty]
+    assert len(numbers) == 12 and len(EXERCISES) == 15
+    with ThreadPoolExecutor(2) as pool:
+        assert not any(failed := [*pool.map(attempt, some(numbers, slow))]), failed
+
+
+def test_plausible_wrong_answers_do_not_pass(tmp_path, slow):
+    """Ten of ten: the measure of the tests. Each is a slip that trains, runs, and gives slightly worse numbers."""
+
+    def attempt(name: str) -> str:
+        number, file, right, wrong = WRONG[name]
+        folder = tmp_path / name.replace(" ", "-")
+        copy(folder)
+        source = (folder / file).read_text()
+        assert source.count(right) == 1, (name, source.count(right))
+        (folder / file).write_text(source.replace(right, wrong))
+        result = grade(folder, EXERCISES[number - 1])
+        return "" if result.returncode == 1 and "failed" in result.stdout else f"{name}: {result.stdout[-2000:]}"
+
+    assert len(WRONG) == 10
+    with ThreadPoolExecutor(2) as pool:
+        assert not any(failed := [*pool.map(attempt, some(list(WRONG), slow))]), failed
+
+
+def test_graders_pass_on_the_project_itself(tmp_path, slow):
+    """What the graders ask for can be done: in an untouched copy all of them are green."""
+    if not slow:
+        pytest.skip("the suite itself runs the same tests; with --slow they run in a copy, too")
+    copy(tmp_path / "copy")
+    for exercise in EXERCISES:
+        result = grade(tmp_path / "copy", exercise)
+        assert result.returncode == 0, (exercise.title, result.stdout[-2000:])
+
+
+def test_only_the_body_goes():
+    """Signature and docstring are the task. Everything around the function stays as it was, to the byte."""
+    source = (ROOT / "selftrain.py").read_text()
+    for target in ("jaccard", "make_pairs", "self_train:if", "Stages.sample"):
+        emptied = empty(source, target, 1)
+        compile(emptied, "selftrain.py", "exec")
+        kept = [line for line in emptied.splitlines() if "NotImplementedError" not in line]
+        lines = iter(source.splitlines())
+        assert all(line in lines for line in kept) and len(kept) < len(source.splitlines())  # in their order, nothing new
+
+
+def test_the_students_own_tree_is_never_touched(tmp_path):
+    """The copy goes to a new folder outside, or nowhere: neither over a half-done exercise nor into the project."""
+    run = lambda *words: subprocess.run([sys.executable, "-m", "tests.exercise", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "dpo.py").write_text("hours of work")
+    for folder in (tmp_path / "mine", ROOT / "exercise"):
+        result = run(7, folder)
+        assert result.returncode == 1 and "name another folder" in result.stderr and "Traceback" not in result.stderr
+    assert (tmp_path / "mine" / "dpo.py").read_text() == "hours of work" and not (ROOT / "exercise").exists()
+    result = run(7, "/dev/null/exercise")
+    assert result.returncode == 1 and "name another folder" in result.stderr and "Traceback" not in result.stderr
+    result = run(7, tmp_path / "new folder")
+    assert result.returncode == 0 and "tests/test_dpo.py" in result.stdout and (tmp_path / "new folder" / "dpo.py").exists()
+    assert len(run().stdout.splitlines()) == 15
