@@ -179,7 +179,7 @@ def main() -> None:
     rank, n = place()
     labeled, unlabeled, tests = load_data(config)
     if config.device == "cpu" and config.size in HOURS and rank == 0:
-        print(f"Two cores take {HOURS[config.size] * len(unlabeled) * (config.rounds + 1):,.1f} hours, --size tiny minutes")
+        print(f"Two cores take about {HOURS[config.size] * len(unlabeled) * (config.rounds + 1):,.1f} hours, --size tiny minutes")
     bundled = config.weights or (Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else "")
     base = Path(bundled or deal([config.size], fetch_flan_t5)[0])
     tokenizer = Tokenizer(base)
