@@ -77,7 +77,7 @@ EXERCISES = [
         "The paper's figure 6 from a run of your own: python run.py, then python -m tests.bench.report runs/tiny-seed-42"),
     Exercise(
         "Algorithm 2 from Algorithm 1", "Algorithms 1 and 2 of the paper", "selftrain.py", ("self_train:if",),
-        "tests/test_selftrain.py -k 'algorithm or add_up or given_all or names'", "Four lines. Who writes the pseudo-labels, f' or f_d?",
+        "tests/test_selftrain.py -k 'algorithm or add_up or given_all or names or never_used'", "Four lines. Who writes the pseudo-labels, f' or f_d?",
         "Let DPO go on from the last round's f_d instead of f': does it help?"),
     Exercise(
         "Open: IPO or KTO in place of DPO", "Azar et al. (2023); Ethayarajh et al. (2024)", "dpo.py", (),

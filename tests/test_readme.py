@@ -33,6 +33,7 @@ def test_quick_commands_work_as_printed(command, monkeypatch):
     _, *words = shlex.split(command)
     said = io.StringIO()
     monkeypatch.chdir(ROOT)
+    monkeypatch.delitem(sys.modules, words[-1], raising=False)  # a module that another test imported would run twice
     with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
         try:

@@ -116,11 +116,11 @@ def test_the_same_command_again_repeats_nothing(finished):
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_path, slow):
     """kill -9 in any stage, also in the midst of a training, then the same command: what is listed is whole, and a training
-    goes on with the step after the last save, so the end is the same to the byte. --slow kills twenty times instead of six."""
+    goes on with the step after the last save, so the end is the same to the byte. --slow kills twenty times instead of four."""
     rng, out = random.Random(0), tmp_path / "run"
     arguments = [sys.executable, "run.py", *SHORT, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    kills, wanted, where = 0, 20 if slow else 6, []
+    kills, wanted, where = 0, 20 if slow else 4, []
 
     def listed() -> list[str]:
         sums = out / "sha256sums.txt"
