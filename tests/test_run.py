@@ -116,11 +116,11 @@ def test_the_same_command_again_repeats_nothing(finished):
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_path, slow):
     """kill -9 in any stage, also in the midst of a training, then the same command: what is listed is whole, and a training
-    goes on with the step after the last save, so the end is the same to the byte. --slow kills twenty times instead of four."""
+    goes on with the step after the last save, so the end is the same to the byte. --slow kills twenty times instead of three."""
     rng, out = random.Random(0), tmp_path / "run"
     arguments = [sys.executable, "run.py", *SHORT, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    kills, wanted, where = 0, 20 if slow else 4, []
+    kills, wanted, where = 0, 20 if slow else 3, []
 
     def listed() -> list[str]:
         sums = out / "sha256sums.txt"
@@ -407,7 +407,7 @@ def test_the_paper_has_the_same_numbers_wherever_they_are_defaults():
 def test_the_real_checkpoint_and_real_gsm8k_run_every_stage(shared, tmp_path, slow):
     """Real vocabulary, real questions, public layout: the path of --size base without the download."""
     if not slow:
-        limits = ["--limit", "4", "--sft-epochs", "1", "--dpo-steps", "1", "--dpo-samples", "2", "--sft-samples", "1"]
+        limits = ["--limit", "4", "--sft-epochs", "1", "--dpo-steps", "1", "--dpo-samples", "2", "--sft-samples", "1", "--max-new-tokens", "60"]
     else:
         limits = ["--limit", "64"]
     data = shared / "data"
