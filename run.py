@@ -25,7 +25,7 @@ from data.sources import fetch_datasets, fetch_flan_t5
 from data.synthetic import OUT_OF_DOMAIN, TEST_SEED, make_problems
 from model import SIZES, read_config
 from selftrain import Stages, accuracies, self_train
-from sft import deal, place, print_log
+from sft import alone, deal, place, print_log
 from tokenizer import Tokenizer, format_rationale
 
 TESTS = ("GSM8K", "MultiArith", "ASDiv", "SVAMP")
@@ -187,7 +187,7 @@ def main() -> None:
         raise ValueError(f"{base} has a vocabulary of {tokenizer.vocab_size} ids for a model of {known}: fetch spiece.model again")
     folder = RunFolder(out)
     checksum = hashlib.sha256(repr((labeled, unlabeled, tests)).encode()).hexdigest()[:16]  # a file may change under its name
-    deal([{**asdict(config), "checksum_of_problems": checksum}], lambda config: folder.open(config, MAY_CHANGE))
+    alone(lambda: folder.open({**asdict(config), "checksum_of_problems": checksum}, MAY_CHANGE))
     log = lambda record: (print_log(record), folder.log(record)) if rank == 0 else None
     began = time.perf_counter()
     if rank == 0:

@@ -2,7 +2,7 @@
 
     python -m tests.bench.ablations [--seeds 0 1 2] [--rounds 1] [--only NAME ...]     # into runs/ablations
 
-Every run is run.py with other numbers, or with one stage exchanged below, two at a time with one thread each. The table
+Every run is run.py with other numbers, or with one function or class exchanged below, two at a time with one thread each. The table
 compares it with the run of the same seed in runs/tiny-seed-SEED (`python run.py --seed SEED`, one thread).
 """
 
@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import run
+import selftrain
 from selftrain import Stages
-from sft import make_examples, sft_loss, train
-from tests.bench.report import interval, measure
+from sft import Example, sft_loss, train
+from tests.bench.report import interval, measure, spread
 
 
 class Continued(Stages):
@@ -30,32 +31,22 @@ class Continued(Stages):
         return self.last
 
 
-class Likelihood(Stages):
-    """As many steps, at the same rate, on the same winning rationales, but they are only made more likely: no preferences."""
-
-    def dpo(self, name, policy, pairs):
-        questions = list(dict.fromkeys(pair.question for pair in pairs))
-        unseen = set(questions[: int(len(questions) * self.config.held_out)])
-        winning = [run.Problem(pair.question, 0.0, pair.chosen) for pair in pairs if pair.question not in unseen]
-
-        def more_likely(model, name, log, progress):
-            examples = make_examples(winning, self.tokenizer)
-            length = lambda example: len(example.labels)
-            return train(model, examples, self.config.dpo_steps, sft_loss, length, self.dpo_schedule, name, False, log=log, progress=progress)
-
-        return self.keep_model(name, policy, more_likely)
+def likelihood(policy, pairs, held_out, n_steps, beta, schedule, name, **options):
+    """In place of train_dpo: as many steps on the same winning rationales, which are only made more likely: no preferences."""
+    winning = [Example(list(pair.input_ids), pair.chosen) for pair in pairs]
+    return train(policy, winning, n_steps, sft_loss, lambda example: len(example.labels), schedule, name, dropout=False, **options)
 
 
-VARIANTS = {  # name: (flags, stages)
-    "winning rationales only": ("", Likelihood),
-    "5 samples for labels": ("--sft-samples 5", Stages),
-    "10 samples for labels": ("--sft-samples 10", Stages),
-    "no calculator when sampling": ("--no-calculator", Stages),
-    "beta 0.05": ("--beta 0.05", Stages),
-    "beta 0.1": ("--beta 0.1", Stages),
-    "no deduplication": ("--max-similarity 1", Stages),
-    "SFT continued": ("", Continued),
-    "ST with 3 samples": ("--method st --st-samples 3", Stages),
+VARIANTS = {  # name: flags, and perhaps what takes whose place
+    "winning rationales only": ("", selftrain, "train_dpo", likelihood),
+    "5 samples for labels": ("--sft-samples 5",),
+    "10 samples for labels": ("--sft-samples 10",),
+    "no calculator when sampling": ("--no-calculator",),
+    "beta 0.05": ("--beta 0.05",),
+    "beta 0.1": ("--beta 0.1",),
+    "no deduplication": ("--max-similarity 1",),
+    "SFT continued": ("", run, "Stages", Continued),
+    "ST with 3 samples": ("--method st --st-samples 3",),
 }
 
 
@@ -74,7 +65,8 @@ def start(rounds: int, job: tuple[str, int]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--variant"]:
-        run.Stages = VARIANTS[sys.argv[2]][1]
+        if change := VARIANTS[sys.argv[2]][1:]:
+            setattr(*change)
         sys.argv[1:3] = []
         return run.main()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,7 +86,7 @@ def main() -> None:
         difference = interval([a - b for a, b in zip(accuracy, usual)]) if variant else ""
         labels = [stages[last]["pseudo-labels"] for stages in found]
         correct = [stages[last]["correct labels"] for stages in found]
-        print(f"| {variant or 'as it is'} | {statistics.mean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f} | {difference} | "
+        print(f"| {variant or 'as it is'} | {spread(accuracy)} | {difference} | "
               f"{statistics.mean(labels):.0f} | {statistics.mean(correct):.1f} % |")  # fmt: skip
 
 
