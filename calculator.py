@@ -3,8 +3,7 @@
 Source: paper, section 3.2. Left out on purpose: names, powers, functions; `eval` and time limits are not needed where
 the grammar itself is bounded in length, depth and size.
 
-    python calculator.py "48 / 2"
-"""
+    python calculator.py "48 / 2"        # without an expression: five, three of which it refuses"""
 
 import operator
 import re
@@ -21,12 +20,10 @@ OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.m
 
 def calculate(expression: str) -> str | None:
     """Evaluate arithmetic and print the result as a rationale shows it; None for anything else.
-
     Grammar:  sum     = product (("+" | "-") product)*
               product = factor (("*" | "/") factor)*
               factor  = "-" factor | (number | "(" sum ")") "%"*
-    Never raises: division by zero, other characters, absurd length, depth or size give None.
-    """
+    Never raises: division by zero, other characters, absurd length, depth or size give None."""
     if len(expression) > MAX_LENGTH or TOKEN.sub("", expression).strip():
         return None
     tokens = deque(TOKEN.findall(expression))
@@ -38,9 +35,7 @@ def calculate(expression: str) -> str | None:
 
 def format_number(value: float) -> str:
     """Print an integer when within 1e-4 of one, else two decimals without closing zeros.
-
-    DIFFERS: 0.29 * 100 = 28.999999999999996 prints as 29; the authors' code truncates first and prints 29.0.
-    """
+    DIFFERS: 0.29 * 100 = 28.999999999999996 prints as 29; the authors' code truncates first and prints 29.0."""
     if abs(value - round(value)) < 1e-4:
         return str(round(value))
     text = f"{value:.2f}".rstrip("0").rstrip(".")

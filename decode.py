@@ -3,8 +3,7 @@
 Rows that finish hand their place to the next question; whenever a row has written `[ expression =`, the calculator's
 digits and `]` are forced into that row. Left out: beam search, answer parsing, the arithmetic itself (calculator.py).
 
-    python decode.py [--checkpoint DIR] [--samples N] ["question" ...]    # without a question: one row against 32
-"""
+    python decode.py [--checkpoint DIR] [--samples N] ["question" ...]    # without a question: one row against 32"""
 
 import argparse
 import hashlib
@@ -17,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from model import START_ID, T5, decoding, load_flan_t5, mask_to_bias
 from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 
 MAX_NEW_TOKENS = 300  # section 4.2
-GROUP = 8  # questions encoded at a time
+GROUP = {"cpu": 8, "cuda": 64}  # questions encoded at a time
 TOP_K = 50  # DIFFERS: visible here; the authors inherit it from their framework without saying so
 
 @dataclass
@@ -61,8 +61,7 @@ class RowState:
     def __init__(self, tokenizer: Tokenizer, calculator: bool, question: int = 0, number: int = 0, noise: Sequence = ()):
         self.tokenizer, self.calculator, self.noise = tokenizer, calculator, noise
         self.question, self.number = question, number  # the sample `number` of the question at this index
-        self.sample = Sample()
-        self.queue = deque()  # ids that the calculator still has to write
+        self.sample, self.queue = Sample(), deque()  # the ids that the calculator still has to write
         self.expression = None  # text since the last open `[`, None outside brackets
 
     def take(self, chosen: int) -> None:
@@ -102,10 +101,10 @@ class KVCache:
 
     Memory in numbers: 2 * n_layers * n_slots * H * K * (max_new_tokens rounded up to whole blocks + source_length), and
     one layer's share of it while the ring changes its size. Raises ValueError, before any work, if that does not fit.
-    """
+    fixed: the ring has its last size from the start, as `record` needs it. The clock is a tensor for the same reason."""
     BLOCK = 32  # the ring grows and shrinks by so many positions
 
-    def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int):
+    def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int, fixed: bool = False):
         c, like = model.config, model.shared.weight.detach()
         place, longest = n_slots * c.n_heads * c.d_kv, -(-max_new_tokens // self.BLOCK) * self.BLOCK
         wanted, free = 2 * c.n_layers * place * (longest + source_length) * like.itemsize, free_memory(like.device)
@@ -113,20 +112,18 @@ class KVCache:
             advice = f"use a batch size of at most {most}" if (most := int(0.8 * free / wanted * n_slots)) else "none fits"
             sizes = f"need {wanted / 2**20:,.0f} MiB for keys and values, {free / 2**20:,.0f} are free"
             raise ValueError(f"{n_slots} rationales at a time {sizes}: {advice}")
-        shape = (n_slots, c.n_heads, -1, c.d_kv)  # of one layer's keys, or values
         self.memory = like.new_empty(c.n_layers, 2, place * longest)  # the system hands it out as the ring grows into it
-        self.ring = [[part[: place * self.BLOCK].view(shape).zero_() for part in layer] for layer in self.memory]
+        self.size, self.width = longest if fixed else self.BLOCK, source_length
+        self.ring = self.memory[..., : place * self.size].unflatten(-1, (n_slots, c.n_heads, self.size, c.d_kv)).zero_()
         self.cross = like.new_zeros(c.n_layers, 2, n_slots, c.n_heads, source_length, c.d_kv)
         self.births, self.source_lengths = like.new_zeros(2, n_slots, dtype=torch.long)  # of the slots, in steps and in tokens
-        self.clock, self.size, self.width = 0, self.BLOCK, source_length  # step t is written to place t % size
+        self.clock = like.new_zeros(1, dtype=torch.long)  # step t is written to place t % size
         self.positions = torch.arange(max(longest, source_length), device=like.device)
         self.bias = model.decoder.position_bias(-self.positions[None])  # (1, H, 1, ages)
 
     def admit(self, slot: int, questions: Tensor, row: int, source_length: int) -> None:
         """Give a slot to a new sequence, whose question is a row of `cross_keys_values`, source_length tokens long."""
-        for ring in itertools.chain(*self.ring):
-            ring[slot] = 0  # nothing of the old tenant stays, not even masked
-        self.cross[:, :, slot] = 0
+        self.ring[:, :, slot] = self.cross[:, :, slot] = 0  # nothing of the old tenant stays, not even masked
         self.cross[:, :, slot, :, :source_length] = questions[:, :, row, :, :source_length]
         self.births[slot], self.source_lengths[slot] = self.clock, source_length
 
@@ -135,9 +132,9 @@ class KVCache:
         question from now on. Little more is kept: attention reads one dense block twice as fast as a window in it."""
         needed = (oldest // self.BLOCK + 1) * self.BLOCK
         if needed > self.size or needed < self.size - self.BLOCK:
-            places = torch.arange(self.clock - oldest, self.clock, device=self.births.device) % self.size
+            places = (self.clock - oldest + self.positions[:oldest]) % self.size
             self.relocate(lambda ring: ring.index_select(2, places), needed)
-            self.births, self.clock, self.size = self.births - (self.clock - oldest), oldest, needed
+            self.births, self.clock, self.size = self.births - self.clock + oldest, self.clock * 0 + oldest, needed
         if width < 0.8 * self.width:
             self.width, self.cross = width, self.cross[..., :width, :].contiguous()
 
@@ -149,14 +146,15 @@ class KVCache:
 
     def relocate(self, select: Callable[[Tensor], Tensor], size: int) -> None:
         """Lay what `select` takes of each ring out as the beginning of a ring of another size, in the same memory."""
-        for layer, memory in zip(self.ring, self.memory):
-            for part, ring in enumerate(layer):
-                B, H, kept, K = (selected := select(ring)).shape
-                layer[part] = memory[part, : B * H * size * K].view(B, H, size, K)
-                layer[part][:, :, :kept], layer[part][:, :, kept:] = selected, 0
+        old = self.ring.flatten(0, 1)
+        B, H, kept, K = select(old[0]).shape
+        self.ring = self.memory[..., : B * H * size * K].unflatten(-1, (B, H, size, K))
+        for before, after in zip(old, self.ring.flatten(0, 1)):  # one after the other: both are the same memory
+            after[:, :, :kept], after[:, :, kept:] = select(before), 0
 
     def advance(self) -> tuple[Tensor, Tensor]:
         """Begin a step. Return the bias for the ring (B, H, 1, size) and for the questions (B, 1, 1, width)."""
+        self.place = self.clock % self.size  # (1,), where this step is written
         ages = (self.clock - self.positions[: self.size]) % self.size  # of each place in this step; 0: written now
         self.clock += 1
         seen = ages < (self.clock - self.births)[:, None]  # (B, size)
@@ -164,10 +162,10 @@ class KVCache:
         dtype = self.bias.dtype
         return self.bias[..., ages] + mask_to_bias(seen, dtype)[:, None, None], mask_to_bias(real, dtype)[:, None, None]
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> list[Tensor]:
-        """Write this step's keys and values (B, H, 1, K); return those of the whole ring, each (B, H, size, K)."""
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
+        """Write this step's keys and values (B, H, 1, K); return those of the whole ring (2, B, H, size, K)."""
         for ring, new in zip(self.ring[layer], (keys, values)):
-            ring[:, :, (self.clock - 1) % self.size] = new[:, :, 0]
+            ring.index_copy_(2, self.place, new)
         return self.ring[layer]
 
 def free_memory(device: torch.device) -> float:
@@ -178,21 +176,31 @@ def free_memory(device: torch.device) -> float:
     found = re.search(r"MemAvailable: *(\d+)", meminfo.read_text()) if meminfo.exists() else None
     return 1024 * int(found[1]) if found else math.inf
 
+def record(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """`model.step` on a GPU as a CUDA graph: its several hundred kernels are recorded once, then launched as one.
+    Launched one by one, they take the CPU about ten times as long as the GPU. A recording repeats the same work on the same
+    addresses, whoever sits in the slots: ids are copied in, logits are overwritten, and the cache must be `fixed`."""
+    ids, graph, aside = torch.zeros_like(cache.births), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        model.step(ids, cache)  # what libraries do at their first call must not be recorded
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph):
+        logits = model.step(ids, cache)
+    return lambda last: (ids.copy_(last), graph.replay(), logits)[-1]
+
 @torch.inference_mode()
 def generate(
     model: T5, tokenizer: Tokenizer, questions: list[str], n_samples: int = 1, temperature: float = 0.0,
-    top_k: int = TOP_K, max_new_tokens: int = MAX_NEW_TOKENS, calculator: bool = True, seed: int | str = 0,
-    batch_size: int = 32, progress: str | None = None, process: Callable | None = None, on_finish: Callable | None = None,
+    top_k: int = TOP_K, max_new_tokens: int = MAX_NEW_TOKENS, calculator: bool = True, seed: int | str = 0, batch_size: int = 32,
+    graph: bool | None = None, progress: str | None = None, process: Callable | None = None, on_finish: Callable | None = None,
 ) -> list[list[Sample]]:  # fmt: skip
     """Write n_samples rationales for each question; result[i][k] is sample k of questions[i].
-
     A sampled rationale depends on weights, question, seed and sample number alone. batch_size: rationales written at a
-    time. progress: title of a bar on stderr. process(logits, rows) -> logits (B, V) may change the scores before an id is
-    chosen; rows: B times a RowState or None. on_finish(i, k, sample) is called as each rationale ends: what it keeps,
-    Ctrl-C does not lose. Source: section 3.2 and figure 4; the scheduling is ours.
-
-    Memory: the KVCache, keys and values of GROUP questions, 4 * V bytes of logits per slot, on a CPU the packed matrices.
-    """
+    time. graph: whether to `record` the step, by default on a GPU. progress: title of a bar on stderr. process(logits, rows)
+    -> logits (B, V) may change the scores before an id is chosen; rows: B times a RowState or None. on_finish(i, k, sample)
+    is called as each rationale ends: what it keeps, Ctrl-C does not lose. Source: section 3.2, figure 4; the scheduling is ours.
+    Memory: the KVCache, keys and values of GROUP questions, 4 * V bytes of logits per slot, on a CPU the packed matrices."""
     source_ids = [tokenizer.encode(question, MAX_QUESTION) for question in questions]
     results = [[Sample() for _ in range(n_samples)] for _ in questions]
     # Long questions first: they tend to have long rationales, and no long row should be left over at the end.
@@ -201,14 +209,17 @@ def generate(
     if not waiting or max_new_tokens < 1:
         return results
     n_slots, longest = min(batch_size, len(waiting)), len(source_ids[order[0]])
-    cache = KVCache(model, n_slots, max_new_tokens, longest)
-    groups = iter(order[at : at + GROUP] for at in range(0, len(order), GROUP))  # of like length: little padding
+    graph = model.device.type == "cuda" if graph is None else graph
+    cache = KVCache(model, n_slots, max_new_tokens, longest, fixed=graph)
+    size = GROUP[model.device.type]
+    groups = iter(order[at : at + size] for at in range(0, len(order), size))  # of like length: little padding
     group, encoded = [], []  # the questions whose turn it is, and their keys and values for cross-attention
     rows: list[RowState | None] = [None] * n_slots
     bar = tqdm(total=len(waiting), desc=progress, unit="rationale", disable=None if progress else True)
     written, began = 0, time.perf_counter()
 
     with bar, decoding(model):
+        step = record(model, cache) if graph else partial(model.step, cache=cache)
         while True:
             # 1. Hand every free slot to the next waiting sample.
             for slot, row in enumerate(rows):
@@ -225,16 +236,16 @@ def generate(
             if not live:
                 break
             # 2. Nothing waits any more and a quarter of the slots is idle: go on with a smaller batch.
-            if len(live) <= 0.75 * len(rows):
+            if len(live) <= 0.75 * len(rows) and not graph:
                 cache.keep(live)
                 rows, live = [rows[slot] for slot in live], list(range(len(live)))
             # 3. One token for every slot.
             ages = [len(row.sample.ids) if row else 0 for row in rows]
             last = [row.sample.ids[-1] if age else START_ID for row, age in zip(rows, ages)]
-            cache.fit(max(ages), max(len(source_ids[rows[slot].question]) for slot in live))
-            logits = model.step(torch.tensor(last, device=model.device), cache)
-            if process:
-                logits = process(logits, rows)
+            if not graph:
+                cache.fit(max(ages), max(len(source_ids[rows[slot].question]) for slot in live))
+            logits = step(torch.tensor(last, device=model.device))
+            logits = process(logits, rows) if process else logits
             noise = torch.tensor([row.noise[age] if row and temperature else 0.0 for row, age in zip(rows, ages)])
             chosen = sample_next_token(logits, temperature, top_k, noise.to(model.device)).tolist()
             # 4. The calculator has the last word; finished rows leave.

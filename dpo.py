@@ -2,8 +2,7 @@
 
 Left out: how pairs are made (selftrain.py), other preference losses, label smoothing.
 
-    python dpo.py        # one pair worked by hand
-"""
+    python dpo.py        # one pair worked by hand"""
 
 import itertools
 import math
@@ -40,15 +39,12 @@ class PairExample:
 def make_pair_examples(pairs: Sequence[PreferencePair], tokenizer: Tokenizer) -> list[PairExample]:
     """Encode preference pairs; their reference log-probabilities come later."""
     encode, most = tokenizer.encode, MAX_RATIONALE
-    ids = ((tuple(encode(p.question, MAX_QUESTION)), encode(p.chosen, most), encode(p.rejected, most)) for p in pairs)
-    return [PairExample(*row) for row in ids]
+    return [PairExample(tuple(encode(p.question, MAX_QUESTION)), encode(p.chosen, most), encode(p.rejected, most)) for p in pairs]
 
 def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
     """log pi(y|x) of the chosen and of the rejected rationales, each (B,) fp32.
-
     A SUM over target tokens, EOS included and padding excluded: the loss compares whole rationales, so a mean would favour
-    long ones. Nothing is shifted here: the decoder's inputs already are. Every distinct question is encoded once.
-    """
+    long ones. Nothing is shifted here: the decoder's inputs already are. Every distinct question is encoded once."""
     questions = list(dict.fromkeys(pair.input_ids for pair in pairs))
     input_ids, attention_mask = (t.to(model.device) for t in pad_batch([list(ids) for ids in questions]))
     rows = torch.tensor([questions.index(pair.input_ids) for pair in pairs] * 2, device=model.device)  # (2B,)
@@ -64,8 +60,7 @@ def dpo_loss(
 
         r(y|x) = beta * (log pi(y|x) - log pi_ref(y|x)),    loss = -log sigmoid(r(y_w|x) - r(y_l|x))
 
-    Source: paper, section 2, eq. 5.
-    """
+    Source: paper, section 2, eq. 5."""
     chosen_rewards = beta * (chosen_logps - reference_chosen)
     rejected_rewards = beta * (rejected_logps - reference_rejected)
     return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
@@ -100,10 +95,8 @@ def train_dpo(
     schedule: Schedule, name: str = "DPO", **options,
 ) -> T5:  # fmt: skip
     """Train the policy for n_steps optimiser steps; it is its own reference at the start. options: see `train`.
-
     Dropout stays off, so that policy and reference agree (in bf16 to rounding) and the first loss is log 2.
-    DIFFERS: rewards are also measured on held_out pairs; the authors' code scores pairs it trains on.
-    """
+    DIFFERS: rewards are also measured on held_out pairs; the authors' code scores pairs it trains on."""
     budget = schedule.micro_batch_tokens
     pairs, held_out = add_reference_logps(policy, pairs, budget), add_reference_logps(policy, held_out, budget)
     watch = lambda loss: {f"held_out_{key}": value for key, value in score(loss, held_out, budget).items()}

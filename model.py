@@ -4,8 +4,7 @@ The T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), and checkpoints i
 sampling, text, the cache of keys and values (decode.py), fp16 (T5 overflows in it), model parallelism.
 Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K d_kv, V vocabulary.
 
-    python model.py base        # a shape trace and the parameter count of a size
-"""
+    python model.py base        # a shape trace and the parameter count of a size"""
 
 import importlib.util
 import json
@@ -52,10 +51,8 @@ class RMSNorm(nn.RMSNorm):
 
 def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets=N_BUCKETS, max_distance=MAX_DISTANCE) -> Tensor:
     """Sort signed distances (key position - query position, int64) into buckets 0..n_buckets-1, same shape.
-
     The nearest half of the buckets hold one distance each, the others grow logarithmically up to max_distance. The
-    encoder spends half of its buckets on keys to the right. Source: Raffel et al. (2020), section 2.1.
-    """
+    encoder spends half of its buckets on keys to the right. Source: Raffel et al. (2020), section 2.1."""
     offset, distance = (distance > 0) * (n_buckets // 2), -distance
     if bidirectional:
         n_buckets, distance = n_buckets // 2, distance.abs()
@@ -81,11 +78,8 @@ class Linear(nn.Linear):
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
     """Within this context dropout is off, and on a CPU fp32 products of few rows take half the time. Do not train in it.
-
-    F.linear rearranges a matrix at every call, which for 1 to 100 rows costs as much as the product. A second copy of the
-    weights in oneDNN's layout saves that. torch has no public name for it: this is the operator of torch.compile's
-    freezing, and where it is missing nothing is packed.
-    """
+    F.linear rearranges a matrix at every call, which for 1 to 100 rows costs as much as the product. A second copy in oneDNN's
+    layout saves that, by an operator of torch.compile's that has no public name: where it is missing, nothing is packed."""
     usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     layers, was_training = [layer for layer in model.modules() if usable and isinstance(layer, Linear)], model.training
     try:
@@ -162,9 +156,7 @@ class Block(nn.Module):
         if cross:
             self.cross_attention_norm, self.cross_attention = norm(), Attention(config)
 
-    def forward(
-        self, x: Tensor, layout: Layout, bias: Tensor, source_bias=None, states=None, source=None, cache=None, layer=0
-    ) -> Tensor:  # fmt: skip
+    def forward(self, x: Tensor, layout: Layout, bias: Tensor, source_bias=None, states=None, source=None, cache=None, layer=0):
         """x (N, D). The source comes as encoder states (M, D) in their Layout `source`; or, while x is one new token for
         each slot of a decode.KVCache, from layer `layer` of that, which also holds the keys and values of the past."""
         h = self.self_attention_norm(x)
@@ -342,10 +334,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
     """Build a T5 from a folder in the public layout: config.json and the weights, stored in fp32, bf16 or fp16.
-
     Every tensor must be used once, with the shape that config.json implies. The model comes in evaluation mode. Raises
-    FileNotFoundError or ValueError, for damaged files, other architectures or tensors, fp16: in one sentence each.
-    """
+    FileNotFoundError or ValueError, for damaged files, other architectures or tensors, fp16: in one sentence each."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{dtype} is not supported: T5 overflows in fp16, use torch.float32 or torch.bfloat16")
     with torch.device("meta"):  # no memory and no random start for weights that are replaced at once

@@ -1,12 +1,12 @@
 """The whole experiment in one command: arguments, files on disk, and the closing table (paper, section 4).
 
     python run.py                            the whole loop on a laptop, nothing downloaded
-    python run.py --size base --rounds 3     the paper: public weights and data are fetched once; again, to continue
-"""
+    python run.py --size base --rounds 3     the paper: public weights and data are fetched once; again, to continue"""
 
 import argparse
 import difflib
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -23,17 +23,15 @@ from data.folder import RunFolder
 from data.problems import Problem, load_problems, read_jsonl, write_text
 from data.sources import fetch_datasets, fetch_flan_t5
 from data.synthetic import OUT_OF_DOMAIN, TEST_SEED, make_problems
-from model import SIZES, read_config
-from selftrain import Stages, accuracies, self_train
+from decode import free_memory
+from model import SIZES, T5Config, read_config
+from selftrain import PART, Stages, accuracies, self_train
 from sft import alone, deal, place, print_log
 from tokenizer import Tokenizer, format_rationale
 
 TESTS = ("GSM8K", "MultiArith", "ASDiv", "SVAMP")
 HOURS = {"small": 0.0015, "base": 0.0053, "large": 0.017, "xl": 0.064, "xxl": 0.25}  # per question and round: README
-TABLE_2 = {
-    "base": {"SFT": (18.1, 54.2, 26.2, 19.5), "ST": (25.9, 73.8, 28.2, 24.2), "DPO-ST": (27.2, 74.3, 29.2, 22.6)},
-    "large": {"SFT": (30.8, 77.2, 38.1, 33.6), "ST": (35.6, 86.2, 42.5, 34.8), "DPO-ST": (37.4, 89.0, 42.8, 36.8)},
-}
+TABLE_2 = json.loads((Path(__file__).parent / "data" / "table_2.json").read_text())  # the paper's, in the order of TESTS
 
 def option(paper, tiny, group: str, text: str):
     """A field of Config that is also a flag: its value in the paper, its value for --size tiny (our choice), what it is."""
@@ -77,8 +75,8 @@ class Config:
     final_ratio: float = option(0.1, 0.1, "training", "the cosine ends at this part of the peak [authors' code]")
     weight_decay: float = option(0.01, 0.01, "training", "of AdamW [appendix A]")
     max_grad_norm: float = option(1.0, 1.0, "training", "gradient clipping [appendix A]")
-    micro_batch_tokens: int = option(2048, 2048, "training", "about the tokens per forward pass: a memory limit [ours]")
-    decode_batch_size: int = option(96, 256, "training", "rationales written at a time: a memory limit [ours]")
+    micro_batch_tokens: int = option(0, 2048, "training", "about the tokens per forward pass; 0: by the memory [ours]")
+    decode_batch_size: int = option(0, 256, "training", "rationales written at a time; 0: by the memory [ours]")
     save_every: float = option(10, 10, "training", "minutes between two saves inside a training [ours]")
     timeout: float = option(30, 30, "training", "minutes to wait for another process of torchrun [ours]")
     log_every: int = option(10, 20, "training", "optimiser steps between two printed lines [ours]")
@@ -97,7 +95,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     parser.add_argument("--size", choices=SIZES, default="tiny", help="the model, and with it the defaults below")
     parser.add_argument("--method", choices=("dpo-st", "st", "both"), help="default: both for tiny, else dpo-st")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/SIZE-seed-SEED")
-    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    parser.add_argument("--report", nargs="+", metavar="DIR", help="only show the tables and figures of these runs' folders")
+    devices = ("cuda", "cpu")[not torch.cuda.is_available() :]
     parser.add_argument("--device", choices=devices, default=devices[0], help="default here: %(default)s")
     parser.add_argument("--no-calculator", dest="calculator", action="store_false", help="when sampling")
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(o.metadata["group"] for o in OPTIONS)}
@@ -111,7 +110,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], parser.format_help().split(), 1, 0.7) or ["--help"]
         parser.error(f"there is no {unknown[0]}; did you mean {near[0]}?")
-    out = (args := vars(args)).pop("out")
+    if finished := (args := vars(args)).pop("report"):
+        sys.exit(importlib.import_module("tests.bench.report").main(finished))
+    out = args.pop("out")
     for item in OPTIONS:
         least = int(item.type is int and item.name not in ("seed", "limit", "rounds", "top_k"))
         if args[item.name] is None:
@@ -149,6 +150,13 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, l
     labeled = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in labeled if problem.rationale][:first]
     return labeled, unlabeled[:first], {name: problems[:first] for name, problems in tests.items()}
 
+def batch_sizes(config: Config, c: T5Config, free: float) -> tuple[int, int]:
+    """--micro-batch-tokens and --decode-batch-size; if left open, fixed ones on a CPU, and on a GPU as much as half of its free
+    bytes hold of activations, or of keys and values, and as is ever at hand (factors: README, "Speed and memory")."""
+    held = free / 2 / (8 * c.vocab_size + 160 * c.n_layers * c.d_model), free / 2 / (2000 * c.n_layers * c.n_heads * c.d_kv)
+    found = (2048, 96) if config.device == "cpu" else map(int, map(min, held, (2**14 // place()[1], PART)))
+    return tuple(given or fitting for given, fitting in zip((config.micro_batch_tokens, config.decode_batch_size), found))
+
 def report(config: Config, folder: RunFolder) -> str:
     """Gather the evaluations in results.json (%: accuracy, 95 % interval) and results.md; return the table, shaped as table 2."""
     stages = {f"{method}/round-{n + 1}": [method.upper(), n + 1] for method in ("st", "dpo-st") for n in range(config.rounds)}
@@ -174,29 +182,34 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True  # authors' code
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's word for the number of processes
         if config.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if (local := int(os.environ["LOCAL_RANK"])) >= (count := torch.cuda.device_count()):
+                raise ValueError(f"there are more processes than the {count} GPUs here: lower --nproc-per-node")
+            torch.cuda.set_device(local)
         dist.init_process_group(timeout=timedelta(minutes=config.timeout))  # gloo between CPUs, NCCL between GPUs
     rank, n = place()
     labeled, unlabeled, tests = load_data(config)
     if config.device == "cpu" and config.size in HOURS and rank == 0:
         print(f"Two cores take about {HOURS[config.size] * len(unlabeled) * (config.rounds + 1):,.1f} hours, --size tiny minutes")
-    bundled = config.weights or (Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else "")
-    base = Path(bundled or deal([config.size], fetch_flan_t5)[0])
+    bundled = Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else ""
+    base = Path(config.weights or bundled or deal([config.size], fetch_flan_t5)[0])
     tokenizer = Tokenizer(base)
-    if not 0 <= (known := read_config(base).vocab_size) - tokenizer.vocab_size < 128:  # T5 rounds up to a multiple of 128
-        raise ValueError(f"{base} has a vocabulary of {tokenizer.vocab_size} ids for a model of {known}: fetch spiece.model again")
-    folder = RunFolder(out)
+    folder, c = RunFolder(out), read_config(base)
+    if not 0 <= c.vocab_size - tokenizer.vocab_size < 128:  # T5 rounds up to a multiple of 128
+        raise ValueError(f"{base}: {tokenizer.vocab_size} ids in spiece.model, {c.vocab_size} in the model: fetch that file again")
+    free = deal([torch.device(config.device)], free_memory)[0]  # the same number for all processes
+    config.micro_batch_tokens, config.decode_batch_size = tokens, rationales = batch_sizes(config, c, free)
     checksum = hashlib.sha256(repr((labeled, unlabeled, tests)).encode()).hexdigest()[:16]  # a file may change under its name
     alone(lambda: folder.open({**asdict(config), "checksum_of_problems": checksum}, MAY_CHANGE))
     log = lambda record: (print_log(record), folder.log(record)) if rank == 0 else None
     began = time.perf_counter()
     if rank == 0:
-        print(f"Flan-T5 {config.size} on {n} x {config.device}: {len(labeled)} labeled, {len(unlabeled)} unlabeled -> {out}")
+        print(f"Flan-T5 {config.size} on {n} x {config.device}: {len(labeled)} labeled, {len(unlabeled)} unlabeled -> {out}\n"
+              f"At a time: {tokens} tokens in training, {rationales} rationales in decoding")  # fmt: skip
     for method in ("st", "dpo-st") if config.method == "both" else (config.method,):
         model = self_train(method, labeled, unlabeled, tests, config, Stages(base, tokenizer, config, folder, log))
     if rank == 0:
-        print(f"\n{report(config, folder)}\n{time.perf_counter() - began:,.0f} s. Pictures: python -m tests.bench.report {out}"
-              f"\nNext: python decode.py --checkpoint {model} 'QUESTION'")  # fmt: skip
+        print(f"\n{report(config, folder)}\n{time.perf_counter() - began:,.0f} s. All tables and figures: python run.py --report"
+              f" {out}\nNext: python decode.py --checkpoint {model} 'QUESTION'")  # fmt: skip
 
 if __name__ == "__main__":
     code = 0

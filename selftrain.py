@@ -2,8 +2,7 @@
 
 Left out: tensors (model, decode, sft, dpo) and files (run.py keeps what each stage makes).
 
-    python selftrain.py        # one question's samples -> preference pairs -> pseudo-labels
-"""
+    python selftrain.py        # one question's samples -> preference pairs -> pseudo-labels"""
 
 import math
 import re
@@ -70,10 +69,8 @@ def make_pairs(
     problems: Sequence[Problem], samples: Samples, tokenizer: Tokenizer, max_similarity=MAX_SIMILARITY, n_pairs=N_PAIRS
 ) -> list[PreferencePair]:  # fmt: skip
     """Pair correct with incorrect rationales; samples[i] are all rationales drawn so far for problems[i].
-
     Of each question's pairs the n_pairs least similar are kept: they teach the most about what separates right from
-    wrong. Source: section 4.2; thresholds from the authors' code, make_dpo_data.py.
-    """
+    wrong. Source: section 4.2; thresholds from the authors' code, make_dpo_data.py."""
     pairs = []
     for problem, rationales in zip(problems, samples, strict=True):
         correct, incorrect = split_samples(rationales, problem.answer)
@@ -89,10 +86,8 @@ def make_pseudo_labels(
     problems: Sequence[Problem], samples: Samples, tokenizer: Tokenizer, max_similarity=MAX_SIMILARITY, percentile=PERCENTILE
 ) -> list[Problem]:  # fmt: skip
     """Turn correct rationales into training problems, the gold rationale first: L + S_a where U and L share questions.
-
     The number kept per question is capped at a percentile of that number over the questions that have any.
-    Source: section 3.1; thresholds from the authors' code, make_rft_data.py.
-    """
+    Source: section 3.1; thresholds from the authors' code, make_rft_data.py."""
     correct = [split_samples(rationales, p.answer)[0] for p, rationales in zip(problems, samples, strict=True)]
     labels = [filter(None, [p.rationale, *rationales]) for p, rationales in zip(problems, correct)]
     kept = [deduplicate(rationales, tokenizer, max_similarity) for rationales in labels]
@@ -102,10 +97,8 @@ def make_pseudo_labels(
 
 def self_train(method: str, labeled: Sequence[Problem], unlabeled: Sequence[Problem], tests: dict, config, stages) -> Path:
     """Run Algorithm 1 (method "st") or Algorithm 2 (method "dpo-st"); return the last model's folder.
-
     labeled is L: problems with formatted rationales. unlabeled is U: its questions and answers are used, not its
-    rationales. tests: lists of problems by name. config: run.Config. stages: a Stages, which does the work.
-    """
+    rationales. tests: lists of problems by name. config: run.Config. stages: a Stages, which does the work."""
     gold, known = {problem.question: problem.rationale for problem in labeled}, set(labeled)
     unlabeled = [replace(problem, rationale=gold.get(problem.question)) for problem in unlabeled]
     drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # all rounds' samples, question by question
@@ -139,11 +132,13 @@ class Stages:
         self.sft_schedule = Schedule(config.sft_learning_rate, config.sft_batch_size, **same)
         self.dpo_schedule = Schedule(config.dpo_learning_rate, config.dpo_batch_size, **same)
 
-    def keep_model(self, name: str, start: Path, train: Callable[..., T5]) -> Path:
+    def keep_model(self, name: str, start: Path, schedule: Schedule, train: Callable[..., T5]) -> Path:
         """Train the checkpoint in `start` unless that is done; return the folder of the result."""
         if not self.folder.find(f"{name}/spiece.model"):  # the last of its files
-            progress = Progress(self.folder, name, self.config.save_every)
-            model = train(load_flan_t5(start, device=self.config.device), name=name, log=self.log, progress=progress)
+            how = {"name": name, "log": self.log, "progress": Progress(self.folder, name, self.config.save_every)}
+            load = partial(load_flan_t5, start, device=self.config.device)
+            attempt = lambda n: train(load(), schedule=replace(schedule, micro_batch_tokens=n), **how)
+            model = fitting(attempt, schedule.micro_batch_tokens)
             save = lambda path: (save_flan_t5(model, path), shutil.copy(self.base / "spiece.model", path))
             alone(lambda: self.folder.write(name, save, replaces=f"{name}.step-"))
         return self.folder.path / name
@@ -164,8 +159,8 @@ class Stages:
 
     def sft(self, name: str, problems: Sequence[Problem]) -> Path:
         """Supervised fine-tuning, always from the original weights."""
-        how = {"n_epochs": self.config.sft_epochs, "schedule": self.sft_schedule}
-        return self.keep_model(name, self.base, partial(train_sft, examples=make_examples(problems, self.tokenizer), **how))
+        how = {"examples": make_examples(problems, self.tokenizer), "n_epochs": self.config.sft_epochs}
+        return self.keep_model(name, self.base, self.sft_schedule, partial(train_sft, **how))
 
     def dpo(self, name: str, policy: Path, pairs: Sequence[PreferencePair]) -> Path:
         """DPO from `policy`; the pairs of the first few questions are held out, to be scored only."""
@@ -176,8 +171,8 @@ class Stages:
         if not examples:
             self.log({"stage": name, "skipped": "no question has both a correct and an incorrect rationale"})
             return policy
-        how = {"n_steps": self.config.dpo_steps, "beta": self.config.beta, "schedule": self.dpo_schedule}
-        return self.keep_model(name, policy, partial(train_dpo, pairs=examples, held_out=held_out, **how))
+        how = {"pairs": examples, "held_out": held_out, "n_steps": self.config.dpo_steps, "beta": self.config.beta}
+        return self.keep_model(name, policy, self.dpo_schedule, partial(train_dpo, **how))
 
     def write_rationales(self, name: str, model: Path, work: Sequence[tuple], summary: Callable) -> list[dict]:
         """A row of rationales for each problem. A piece of work: what its rows begin with, its problems, options of `generate`.
@@ -187,9 +182,10 @@ class Stages:
 
         def do(piece: tuple[int, tuple]) -> list[dict]:
             number, (begin, problems, options) = piece
-            options = {**options, "max_new_tokens": c.max_new_tokens, "batch_size": c.decode_batch_size}
             title = None if place()[0] else f"{name} {number}/{len(work)}"
-            written = generate(load(), self.tokenizer, [p.question for p in problems], progress=title, **options)
+            options = {**options, "max_new_tokens": c.max_new_tokens, "progress": title}
+            write = lambda size: generate(load(), self.tokenizer, [p.question for p in problems], batch_size=size, **options)
+            written = fitting(write, c.decode_batch_size)
             rows = ({"rationales": [s.text for s in row], "finished": [s.finished for s in row]} for row in written)
             return [{**begin, "question": p.question, "answer": p.answer, **row} for p, row in zip(problems, rows)]
 
@@ -221,6 +217,17 @@ class Stages:
         made = lambda _: [*map(asdict, make(problems, samples, self.tokenizer, self.config.max_similarity, limit))]
         count = lambda rows: {"kept": len(rows), "questions": len({row["question"] for row in rows})}
         return [kind(**row) for row in self.keep_rows(name, [0], made, count)]
+
+def fitting(do: Callable[[int], object], size: int):
+    """do(size), or with half as much whenever the GPU's memory is too small for it; not where other processes would wait."""
+    while True:
+        try:
+            return do(size)
+        except torch.OutOfMemoryError:
+            if size == 1 or place()[1] > 1:
+                raise
+        size //= 2  # here, where the error no longer holds what did not fit
+        print(f"Out of memory: again with {size} at a time")
 
 def cut(problems: Sequence, n_samples: int = 1) -> list[Sequence]:
     """Cut problems into parts of about equal size, for at most PART rationales each."""

@@ -3,8 +3,7 @@ on one processor or, started by torchrun, on many, stopped and continued at any 
 
 Left out: generation, preferences, early stopping, mixed precision in fp16 (T5 overflows in it).
 
-    python sft.py        # one batch worked by hand
-"""
+    python sft.py        # one batch worked by hand"""
 
 import itertools
 import math
@@ -54,8 +53,7 @@ class Schedule:
 
 def make_examples(problems: Sequence, tokenizer: Tokenizer) -> list[Example]:
     """Encode problems that have a `question` and a formatted `rationale`."""
-    encode = tokenizer.encode
-    return [Example(encode(p.question, MAX_QUESTION), encode(p.rationale, MAX_RATIONALE)) for p in problems]
+    return [Example(tokenizer.encode(p.question, MAX_QUESTION), tokenizer.encode(p.rationale, MAX_RATIONALE)) for p in problems]
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Pad examples to input_ids (B, S), attention_mask (B, S) and labels (B, T) with IGNORE as padding, int64."""
@@ -65,10 +63,8 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
 
 def token_logps(model: T5, states: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of every target token: states (B, S, D), labels (B, T) -> (B, T) fp32, 0 where ignored.
-
     Held for the backward pass: (N, V) fp32 for the N real tokens of these labels, a micro-batch; the work on them takes
-    (HEAD_TOKENS, V) at a time, and with gradient checkpointing nothing more is held. Padding never meets the vocabulary.
-    """
+    (HEAD_TOKENS, V) at a time, and with gradient checkpointing nothing more is held. Padding never meets the vocabulary."""
     real = labels != IGNORE  # (B, T)
     hidden = model.decode(shift_right(labels), states, attention_mask, real)  # (N, D)
 
@@ -117,12 +113,10 @@ def train(
     watch: Callable[[nn.Module], dict] = lambda loss: {}, log: Callable[[dict], None] = print_log, progress=None,
 ) -> T5:  # fmt: skip
     """Train with AdamW for n_steps optimiser steps, and return the model in evaluation mode.
-
     loss_of(model, items) gives sums, "loss" among them; each is divided by the summed weight_of of the whole batch, so
     that the loss of a batch does not depend on how memory forces it to be cut, nor on how many processes share the pieces.
     watch(loss): more numbers for a logged step. progress: a Progress, or None for a training that cannot be continued.
-    Raises: ValueError without items; FloatingPointError when the gradient is no longer finite.
-    """
+    Raises: ValueError without items; FloatingPointError when the gradient is no longer finite."""
     if not items:
         raise ValueError(f"{name}: there is nothing to train on")
     model.train(dropout)

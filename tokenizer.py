@@ -2,8 +2,7 @@
 
 Left out: special tokens written out in text, as `<extra_id_0>`, and normalisation (SentencePiece brings its own).
 
-    python tokenizer.py        # a rationale in GSM8K's spelling, in T5's, and in pieces
-"""
+    python tokenizer.py        # a rationale in GSM8K's spelling, in T5's, and in pieces"""
 
 import re
 from pathlib import Path
@@ -60,10 +59,8 @@ KNOWN_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "½": "1/2", "¼"
 
 def format_rationale(text: str) -> str:
     """Respell a GSM8K rationale in T5's vocabulary, which has neither `<<` nor line breaks.
-
     `She sold 48/2 = <<48/2=24>>24 clips.\\n#### 24` -> `She sold 48 / 2 = [ 48 / 2 = 24] 24 clips. #### 24`.
-    Source: authors' code, data_module.py.
-    """
+    Source: authors' code, data_module.py."""
     text = re.sub(r"<<(\d+)=\1>>", "", text.translate(KNOWN_SIGNS))  # an annotation that only restates a number
     text = re.sub(r"(?<=\D):(?=\d)", ": ", text)  # but 5:30 is a time of day
     text = text.replace("<<", "[ ").replace(">>", "] ").replace("####", "#### ").replace("####  ", "#### ")

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+import run
 from conftest import ROOT
 from data.folder import RunFolder
 from data.problems import write_jsonl
@@ -72,6 +73,10 @@ def test_seeds_are_merged_and_other_kinds_refused(run_folder, tmp_path, monkeypa
     said = capsys.readouterr()
     assert "over 2 runs" in said.out and "| warm-up | 25.0 ± 0.0 |" in said.out and "| dpo-st/round-1 | 75.0 |" in said.out
     assert "no such run: no evaluation yet" in said.err
+    change(decode_batch_size=7, device="cuda")  # limits of memory and time make no other kind
+    with pytest.raises(SystemExit) as ended:
+        run.parse_args(["--report", str(run_folder), str(other)])
+    assert ended.value.code is None and "over 2 runs" in capsys.readouterr().out
     change(beta=7.0)
     with pytest.raises(SystemExit, match="more than the seed"):
         report.main()

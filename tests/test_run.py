@@ -396,6 +396,7 @@ def test_every_hyper_parameter_of_the_paper_is_a_flag_with_that_default():
 def test_the_paper_has_the_same_numbers_wherever_they_are_defaults():
     """Functions can be called without a Config: their defaults must not drift away from the documented ones."""
     config, _ = run.parse_args(["--size", "base", "--device", "cpu"])
+    config.micro_batch_tokens, config.decode_batch_size = run.batch_sizes(config, SIZES["base"], 0)
     schedule = sft.Schedule(config.sft_learning_rate)
     for item in fields(sft.Schedule)[2:]:
         assert getattr(schedule, item.name) == getattr(config, item.name), item.name

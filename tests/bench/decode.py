@@ -1,6 +1,7 @@
 """Decoding speed against transformers' `generate` and CTranslate2: same questions, weights, threads; turns taken.
 
     python -m tests.bench.decode [--quick] [--cases 1 2 ...] [--vocabulary DIR] [--questions FILE] [--checkpoint DIR]
+    python -m tests.bench.decode --device cuda [--sizes base large] [--batches 32 96 256 512] ...      # case 9, in bf16
 
 Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model, GSM8K's test.jsonl,
 and for case 8 a checkpoint that writes rationales. Weights are random otherwise, for speed does not depend on them.
@@ -80,9 +81,9 @@ class Script:
         return torch.full_like(scores, -torch.inf).scatter_(1, torch.tensor(ids)[:, None], 0.0)
 
 
-def load_peer(folder: Path):
+def load_peer(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
     """The checkpoint in transformers' hands, None where that is not installed."""
-    return transformers and transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+    return transformers and transformers.T5ForConditionalGeneration.from_pretrained(folder).to(device, dtype).eval()
 
 
 # ------------------------------------------------------------------------------------------------------- the measuring
@@ -109,13 +110,16 @@ def show(label: str, tokens: int, seconds: dict[str, list[float]], floor: float 
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def ceilings() -> tuple[float, float]:
-    """This machine's numbers: floating-point operations and bytes read per second, fp32, with the threads at hand."""
-    x, weight, memory = torch.randn(2048, 1024), Linear(1024, 1024), torch.randn(2**26)
+def ceilings(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[float, float]:
+    """This machine's numbers: floating-point operations and bytes read per second, with the threads or the GPU at hand."""
+    wide = 1024 if device == "cpu" else 8192
+    x, weight = torch.randn(2 * wide, wide, dtype=dtype, device=device), Linear(wide, wide).to(device, dtype)
+    memory = torch.randn(2**26 if device == "cpu" else 2**30, dtype=dtype, device=device)
+    ready = (lambda: None) if device == "cpu" else torch.cuda.synchronize
     with torch.inference_mode(), decoding(weight):
-        operations = statistics.median(take_turns({"": lambda: weight(x)}, 20)[""])
-        reading = statistics.median(take_turns({"": memory.sum}, 10)[""])
-    return 2 * x.numel() * 1024 / operations, memory.nbytes / reading
+        operations = statistics.median(take_turns({"": lambda: (weight(x), ready())}, 20)[""])
+        reading = statistics.median(take_turns({"": lambda: (memory.sum(), ready())}, 10)[""])
+    return 2 * x.numel() * wide / operations, memory.nbytes / reading
 
 
 class Floor:
@@ -127,7 +131,8 @@ class Floor:
 
     def __init__(self, model: T5):
         c = model.config
-        self.flops, self.bandwidth = ceilings()
+        self.flops, self.bandwidth = ceilings(model.shared.weight.dtype, model.device.type)
+        self.itemsize = model.shared.weight.itemsize
         cross = 2 * c.n_layers * c.d_model * c.n_heads * c.d_kv  # the matrices of its keys and values: once per question
         self.decoder = sum(p.numel() for part in (model.decoder, model.lm_head) for p in part.parameters()) - cross
         self.encoder = sum(p.numel() for p in model.encoder.parameters()) + cross
@@ -139,16 +144,16 @@ class Floor:
         positions = sum(length * (length / 2 + source) for source, length in zip(sources * n_samples, lengths, strict=True))
         operations = 2 * (sum(lengths) * self.decoder + positions * self.position)
         numbers = steps * self.decoder + positions * self.position
-        return 2 * sum(sources) * self.encoder / self.flops + max(operations / self.flops, 4 * numbers / self.bandwidth)
+        return 2 * sum(sources) * self.encoder / self.flops + max(operations / self.flops, self.itemsize * numbers / self.bandwidth)
 
 
-def build(size: str, folder: Path) -> T5:
+def build(size: str, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
     """A checkpoint with random weights that never chooses EOS: a logit of 0 is not the largest of thousands."""
     torch.manual_seed(0)
     model = T5(SIZES[size])
     model.lm_head.weight.data[EOS_ID] = 0
     save_flan_t5(model, folder)
-    return load_flan_t5(folder)
+    return load_flan_t5(folder, dtype, device)
 
 
 def gold(problems: list[Problem], tokenizer: Tokenizer, n: int) -> tuple[list[str], list[list[int]]]:
@@ -198,6 +203,9 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, help="JSONL of problems with rationales; default: synthetic ones")
     parser.add_argument("--checkpoint", type=Path, help="for case 8: a checkpoint that writes rationales")
     parser.add_argument("--repeats", type=int, help="default 5, or 2 with --quick")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: case 9 only, in bf16")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base", "large"], help="for case 9")
+    parser.add_argument("--batches", nargs="+", type=int, default=[32, 96, 256, 512], help="for case 9")
     parser.add_argument("--figure", type=Path, help="only draw speed over batch size into this file (matplotlib)")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
@@ -212,6 +220,8 @@ def main() -> None:
           f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {', '.join(versions)}, fp32, {repeats} turns")  # fmt: skip
     if transformers:
         transformers.logging.set_verbosity_error()
+    if args.device == "cuda" or args.cases == [9]:
+        return gpu_table(args, tokenizer, questions[: 64 if quick else 1319], 32 if quick else 110, repeats)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         small = build("small", Path(scratch) / "small")
         bench = Bench(small, load_peer(Path(scratch) / "small"), tokenizer, repeats)
@@ -246,6 +256,44 @@ def main() -> None:
         print(*bench.notes, sep="\n")
 
 
+def gpu_table(args: argparse.Namespace, tokenizer: Tokenizer, questions: list[str], tokens: int, repeats: int) -> None:
+    """Case 9: so many tokens for every question, calculator on, in bf16 on a GPU (or on this CPU, to try the table)."""
+    cuda = args.device == "cuda"
+    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, bf16, {len(questions)} questions, {tokens} tokens each\n\n"
+          "| size, batch | tokens/s | ms a step | times the floor | time with / without calculator | "
+          "times as fast as transformers re-reading its texts | without calculators |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            model = build(size, Path(folder), torch.bfloat16, args.device)
+            bench = Bench(model, load_peer(Path(folder), torch.bfloat16, args.device), tokenizer, repeats)
+            print(f"| {size}: ceilings {bench.floor.flops / 1e12:.2f} TFLOP/s, {bench.floor.bandwidth / 1e9:,.0f} GB/s | | | | | | |")
+            for batch in args.batches:
+                options = dict(max_new_tokens=tokens, do_sample=False)
+                systems = {on: lambda on=on: bench.ours(questions, batch, max_new_tokens=tokens, calculator=on) for on in (True, False)}
+                if bench.peer and batch == 96:  # one turn of it is minutes; fewer questions are as good for its speed
+                    few = questions[: 2 * batch]
+                    systems["re-reading"] = lambda: bench.theirs(few, batch, lambda at: [ReReadingCalculator(tokenizer)], **options)
+                    systems["plain"] = lambda: bench.theirs(few, batch, **options)
+                bench.ours(questions[:batch], batch, max_new_tokens=4)  # warm
+                seconds = {name: statistics.median(spent) for name, spent in take_turns(systems, repeats).items()}
+                steps, floor = tokens * len(questions) / batch, bench.floor.seconds(bench.sources(questions), [tokens] * len(questions), batch)
+                ratios = [f"{seconds[peer] / len(few) / (seconds[on] / len(questions)):.1f}" if peer in seconds else ""
+                          for peer, on in (("re-reading", True), ("plain", False))]  # fmt: skip
+                print(f"| {size}, {batch} | {tokens * len(questions) / seconds[True]:,.0f} | {1000 * seconds[True] / steps:.2f} | "
+                      f"{seconds[True] / floor:.1f} | {seconds[True] / seconds[False]:.3f} | {' | '.join(ratios)} |", flush=True)  # fmt: skip
+    if args.checkpoint:
+        texts = {}
+        for dtype, batch in ((torch.float32, 96), (torch.bfloat16, 96), (torch.bfloat16, 32)):
+            model = load_flan_t5(args.checkpoint, dtype, args.device)
+            for graph in (True, False)[not cuda :]:
+                rows = generate(model, Tokenizer(args.checkpoint), questions, batch_size=batch, graph=graph)
+                texts[dtype, batch, graph] = [row[0].text for row in rows]
+        same = lambda a, b: f"{100 * statistics.mean(x == y for x, y in zip(texts[a], texts[b])):.1f} %"
+        fp32, bf16, small = ((torch.float32, 96), (torch.bfloat16, 96), (torch.bfloat16, 32))
+        print(f"\nEqual texts: bf16 and fp32 {same((*bf16, cuda), (*fp32, cuda))}, bf16 at batch 96 and 32 {same((*bf16, cuda), (*small, cuda))}"
+              + (f", recorded and eager {same((*fp32, True), (*fp32, False))} in fp32" if cuda else ""))  # fmt: skip
+
+
 class Bench:
     """One model in our hands and in the peer's, and the cases that are measured on it."""
 
@@ -262,6 +310,7 @@ class Bench:
         rows = []
         for at in range(0, len(questions), batch):
             ids, mask = pad_batch([self.tokenizer.encode(question, MAX_QUESTION) for question in questions[at : at + batch]])
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
             chosen = transformers.LogitsProcessorList(processors(at) if processors else [])
             out = self.peer.generate(input_ids=ids, attention_mask=mask, num_beams=1, logits_processor=chosen, **options)
             rows += [row[1 : row.index(EOS_ID) if EOS_ID in row else None] for row in out.tolist()]

@@ -25,6 +25,7 @@ from selftrain import accuracies, extract_answer, is_correct, jaccard, make_pseu
 from tokenizer import Tokenizer
 
 COLORS = {"st": "#0072B2", "dpo-st": "#D55E00", "other": "#009E73", "third": "#CC79A7"}  # Okabe and Ito: for every eye
+LIMITS = set(run.MAY_CHANGE) - {"rounds", "method"}  # of memory and time: runs that differ in them are of one kind
 NAMES = {"st": "ST", "dpo-st": "DPO-ST"}
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t by n - 1
 
@@ -241,18 +242,18 @@ def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
     print(f"\nPictures: {', '.join(sorted(path.name for path in out.glob('*.svg')))} in {out}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="folder of the pictures; default: figures/ in the first run's folder")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folders, kinds = [], defaultdict(list)
     for folder in args.runs:
         if not (folder / "config.json").exists() or not RunFolder(folder).find("warm-up/evaluation.jsonl"):
             print(f"{folder}: no evaluation yet, left out", file=sys.stderr)
             continue
         config = json.loads((folder / "config.json").read_text())
-        kinds[json.dumps({**config, "seed": None, "checksum_of_problems": None}, sort_keys=True)].append(folder)
+        kinds[json.dumps({**config, **dict.fromkeys(("seed", "checksum_of_problems", *LIMITS))}, sort_keys=True)].append(folder)
         folders.append(folder)
     if len(kinds) != 1:
         sys.exit(f"report: {'these runs differ in more than the seed' if kinds else 'nothing to report'}: give runs of one kind")

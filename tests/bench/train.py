@@ -3,6 +3,7 @@
     python -m tests.bench.train [--quick] [--vocabulary DIR] [--problems FILE] [--size small]
     python -m tests.bench.train --memory small base large      # peak memory of SFT, with and without gradient checkpointing
     python -m tests.bench.train --scale                        # one process of one thread against two (torchrun)
+    python -m tests.bench.train --device cuda --size base      # bf16 autocast on both sides, batches of 96, share of the peak
 
 Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model and GSM8K's
 train.jsonl. Weights are random, for speed does not depend on them. Every system sits in a process of its own, whose peak
@@ -31,11 +32,14 @@ from decode import generate
 from dpo import PreferencePair, make_pair_examples, train_dpo
 from model import SIZES, T5, load_flan_t5, save_flan_t5
 from sft import Schedule, collate, deal, epochs, learning_rate, make_examples, place, train_sft
-from tests.bench.decode import TINY, load_peer, resident, transformers
+from tests.bench.decode import TINY, ceilings, load_peer, resident, transformers
 from tokenizer import Tokenizer, format_rationale, pad_batch
 
 BETA = 0.1
-SFT, DPO = (Schedule(rate, batch_size=12, log_every=1) for rate in (3e-4, 7e-7))  # table 5, but for the batch of the issue
+SCHEDULES = {  # table 5, but for the smaller batch on a CPU
+    "cpu": [Schedule(rate, batch_size=12, log_every=1) for rate in (3e-4, 7e-7)],
+    "cuda": [Schedule(rate, batch_size=96, micro_batch_tokens=2**14, log_every=1) for rate in (3e-4, 7e-7)],
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- the peers
@@ -43,10 +47,12 @@ SFT, DPO = (Schedule(rate, batch_size=12, log_every=1) for rate in (3e-4, 7e-7))
 
 def peer_epoch(model, n: int, n_steps: int, schedule: Schedule, loss_of) -> list[float]:
     """The usual loop: shuffled batches, AdamW as it comes, clipping, the same schedule; losses by step."""
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     optimizer = torch.optim.AdamW(model.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay)
     losses, batches = [], epochs(n, schedule.batch_size, schedule.seed)
     for step in range(n_steps):
-        loss = loss_of(next(batches))
+        with autocast:
+            loss = loss_of(next(batches))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
         optimizer.param_groups[0]["lr"] = learning_rate(step, n_steps, schedule)
@@ -64,51 +70,51 @@ def concatenated_logps(model, input_ids, attention_mask, labels):
     return (logps * real).sum(-1).chunk(2)
 
 
-def peer_sft(folder: Path, examples: list):
-    model = load_peer(folder)
+def peer_sft(folder: Path, examples: list, device: str):
+    model = load_peer(folder, device=device)
 
     def loss_of(batch: list[int]):
-        input_ids, attention_mask, labels = collate([examples[i] for i in batch])
+        input_ids, attention_mask, labels = collate([examples[i] for i in batch], device)
         return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
 
-    return lambda n_steps: peer_epoch(model, len(examples), n_steps, SFT, loss_of)
+    return lambda n_steps: peer_epoch(model, len(examples), n_steps, SCHEDULES[device][0], loss_of)
 
 
-def peer_dpo(folder: Path, pairs: list):
-    policy, reference = load_peer(folder), load_peer(folder)
+def peer_dpo(folder: Path, pairs: list, device: str):
+    policy, reference = load_peer(folder, device=device), load_peer(folder, device=device)
 
     def loss_of(batch: list[int]):
         some = [pairs[i] for i in batch]
-        input_ids, attention_mask = pad_batch([list(pair.input_ids) for pair in some] * 2)
-        labels, _ = pad_batch([pair.chosen for pair in some] + [pair.rejected for pair in some], -100)
+        input_ids, attention_mask = (t.to(device) for t in pad_batch([list(pair.input_ids) for pair in some] * 2))
+        labels = pad_batch([pair.chosen for pair in some] + [pair.rejected for pair in some], -100)[0].to(device)
         chosen, rejected = concatenated_logps(policy, input_ids, attention_mask, labels)
         with torch.no_grad():
             reference_chosen, reference_rejected = concatenated_logps(reference, input_ids, attention_mask, labels)
         return -F.logsigmoid(BETA * (chosen - rejected - reference_chosen + reference_rejected)).mean()
 
-    return lambda n_steps: peer_epoch(policy, len(pairs), n_steps, DPO, loss_of)
+    return lambda n_steps: peer_epoch(policy, len(pairs), n_steps, SCHEDULES[device][1], loss_of)
 
 
 # --------------------------------------------------------------------------------------------------------------- ours
 
 
-def our_sft(folder: Path, examples: list):
-    model = load_flan_t5(folder)
+def our_sft(folder: Path, examples: list, device: str):
+    model = load_flan_t5(folder, device=device)
 
     def run(n_steps: int) -> list[float]:
         logs = []
-        train_sft(model, examples, 1, SFT, log=logs.append)
+        train_sft(model, examples, 1, SCHEDULES[device][0], log=logs.append)
         return [record["loss"] for record in logs]
 
     return run
 
 
-def our_dpo(folder: Path, pairs: list):
-    model = load_flan_t5(folder)
+def our_dpo(folder: Path, pairs: list, device: str):
+    model = load_flan_t5(folder, device=device)
 
     def run(n_steps: int) -> list[float]:
         logs = []
-        train_dpo(model, pairs, [], n_steps, BETA, DPO, log=logs.append)
+        train_dpo(model, pairs, [], n_steps, BETA, SCHEDULES[device][1], log=logs.append)
         return [record["loss"] for record in logs]
 
     return run
@@ -191,25 +197,36 @@ def scale(arguments: list[str], repeats: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ the turns
 
 
-def serve(task: str, name: str, folder: Path, items: list, threads: int, pipe) -> None:
+def serve(task: str, name: str, folder: Path, items: list, device: str, threads: int, pipe) -> None:
     """In a process of its own: train for n steps whenever asked, and say how long that took and what memory it has needed."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     os.environ["TQDM_DISABLE"] = "1"
-    run = SYSTEMS[task][name](folder, items)
+    run = SYSTEMS[task][name](folder, items, device)
     while n_steps := pipe.recv():
         began = time.perf_counter()
-        losses = run(n_steps)
-        pipe.send((time.perf_counter() - began, losses, resident("VmHWM")))
+        losses = run(n_steps)  # the losses are numbers, so the GPU has done its work
+        memory = resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+        pipe.send((time.perf_counter() - began, losses, memory))
 
 
-def compare(task: str, folder: Path, items: list, n_steps: int, repeats: int) -> str:
+def operations(model: T5, task: str, items: list) -> float:
+    """Floating-point operations that this training needs: 6 for each parameter and real token, and 2 for the reference."""
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    decoder = sum(p.numel() for part in (model.decoder, model.lm_head) for p in part.parameters())
+    if task == "SFT":
+        return sum(6 * (encoder * len(item.input_ids) + decoder * len(item.labels)) for item in items)
+    questions = sum(map(len, {item.input_ids for item in items}))
+    return 8 * (encoder * questions + decoder * sum(len(item.chosen) + len(item.rejected) for item in items))
+
+
+def compare(task: str, folder: Path, items: list, n_steps: int, repeats: int, device: str) -> str:
     """Let the systems of a task take turns on the same items; one row of the table."""
     context, pipes, seconds, losses, memory = get_context("spawn"), {}, {}, {}, {}
     for name in SYSTEMS[task]:
         if name == "ours" or transformers:
             pipes[name], theirs = context.Pipe()
-            arguments = (task, name, folder, items, torch.get_num_threads(), theirs)
+            arguments = (task, name, folder, items, device, torch.get_num_threads(), theirs)
             context.Process(target=serve, args=arguments, daemon=True).start()
             theirs.close()  # so that recv ends should the process die
     for turn in range(repeats):
@@ -221,6 +238,9 @@ def compare(task: str, folder: Path, items: list, n_steps: int, repeats: int) ->
     for pipe in pipes.values():
         pipe.send(0)
     speed = f"{len(items) / statistics.median(seconds['ours']):.2f}"
+    if device == "cuda":
+        done = operations(load_flan_t5(folder), task, items) / statistics.median(seconds["ours"])
+        speed += f" ({100 * done / ceilings(torch.bfloat16, device)[0]:.0f} % of the peak)"
     cells = [task, speed, *[""] * 4]
     for name in list(pipes)[1:]:
         ratios = [theirs / own for own, theirs in zip(seconds["ours"], seconds[name])]
@@ -237,6 +257,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=Path, default=TINY, help="folder with spiece.model")
     parser.add_argument("--problems", type=Path, help="JSONL of problems with rationales; default: synthetic ones")
     parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--device", choices=SCHEDULES, default="cpu")
     parser.add_argument("--tasks", nargs="*", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--repeats", type=int, help="turns, default 3, or 2 with --quick")
     parser.add_argument("--memory", nargs="+", choices=SIZES, help="only measure peak memory of these sizes")
@@ -246,18 +267,21 @@ def main() -> None:
     if args.scale_worker:
         return work_of_scale(args.vocabulary, args.problems)
     repeats = args.repeats or (2 if args.quick else 3)
-    n_examples, n_pairs = (48, 48) if args.quick else (256, 96)
+    n_examples, n_pairs = (48, 48) if args.quick else (256, 96) if args.device == "cpu" else (1344, 960)
+    schedules = SCHEDULES[args.device]
     tokenizer = Tokenizer(args.vocabulary)
     problems = load_problems(args.problems) if args.problems else make_problems(1400, seed=0)
     problems = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in problems[:1400]]
     examples = make_examples(problems[:n_examples], tokenizer)
     # Three pairs a question, as in a run; the rejected side is the rationale of some other question.
-    pairs = [PreferencePair(p.question, p.rationale, problems[3 * i + k + 500].rationale)
+    pairs = [PreferencePair(p.question, p.rationale, problems[(3 * i + k + 500) % len(problems)].rationale)
              for i, p in enumerate(problems[: n_pairs // 3]) for k in range(3)]  # fmt: skip
-    items = {"SFT": (examples, -(-n_examples // SFT.batch_size)), "DPO": (make_pair_examples(pairs, tokenizer), n_pairs // DPO.batch_size)}
+    steps = [-(-n // schedule.batch_size) for n, schedule in zip((n_examples, n_pairs), schedules)]
+    items = {"SFT": (examples, steps[0]), "DPO": (make_pair_examples(pairs, tokenizer), steps[1])}
     version = f"transformers {transformers.__version__}" if transformers else "transformers not installed: left out"
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
-          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {version}, {args.size}, fp32, {repeats} turns\n")  # fmt: skip
+          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {version}, {args.size}, "
+          f"{'fp32' if args.device == 'cpu' else f'bf16 on {torch.cuda.get_device_name()}'}, {repeats} turns\n")  # fmt: skip
     if args.memory:
         return memory_table(args.memory, examples[:24])
     if args.scale:
@@ -269,7 +293,7 @@ def main() -> None:
         torch.manual_seed(0)
         save_flan_t5(T5(replace(SIZES[args.size], dropout=0.0)), folder)
         for task in args.tasks:
-            print(compare(task, Path(folder), *items[task], repeats), flush=True)
+            print(compare(task, Path(folder), *items[task], repeats, args.device), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""A CUDA graph played on the CPU, so that `decode.record` runs and is held to the rules of a recording where there is no GPU.
+
+Like the real one it knows operators and addresses only: what Python computes between them (a number, a branch, a clock) is
+frozen into the recording, and what would have to wait for the GPU's answer is refused. Unlike it, it computes while recording.
+"""
+
+import contextlib
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WAITS = ("aten.item", "_local_scalar_dense", "nonzero", "aten.equal", "masked_select", "unique")
+
+
+class Graph:
+    def __init__(self):
+        self.calls, self.replays = [], 0
+
+    def replay(self) -> None:
+        """Carry the recorded operators out again, each result to where it was when recorded."""
+        self.replays += 1
+        for function, args, kwargs, recorded in self.calls:
+            for old, new in zip(*(r if isinstance(r, (tuple, list)) else (r,) for r in (recorded, function(*args, **kwargs)))):
+                if isinstance(new, torch.Tensor) and new.data_ptr() != old.data_ptr():
+                    old.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    """Note every operator on its way to the CPU."""
+
+    def __init__(self, graph: Graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(word in str(function) for word in WAITS):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
+        result = function(*args, **(kwargs or {}))
+        self.graph.calls.append((function, args, kwargs or {}, result))
+        return result
+
+
+class Stream:
+    def wait_stream(self, other) -> None:
+        pass
+
+
+def play(monkeypatch) -> list[Graph]:
+    """Put these in the place of torch.cuda's; return the graphs that are made from then on."""
+    graphs: list[Graph] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Graph()) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return graphs
