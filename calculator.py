@@ -41,6 +41,11 @@ def format_number(value: float) -> str:
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
+def rewrite(rationale: str) -> str:
+    """Give every annotation `[ expression = result]` the result that the calculator prints: 60 for 60.00."""
+    result = lambda found: f"[{found[1]}= {value}]" if (value := calculate(found[1])) is not None else found[0]
+    return re.sub(r"\[([^\[\]=]*)=[^\[\]]*\]", result, rationale)
+
 def evaluate(tokens: deque[str], depth: int, strength: int = 0) -> float:
     """Take from the left an expression whose operators all bind more strongly; return its value, or raise ValueError."""
     value = read_factor(tokens, depth)

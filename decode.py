@@ -94,11 +94,9 @@ class RowState:
 
 class KVCache:
     """Keys and values of B slots that share one clock and one ring.
-
     T5 knows distances only, never absolute positions. So sequences of one batch may start at different times and still
     write to the same place of a ring at each step and share one row of position bias; a mask hides from each slot what
     is older than its sequence. A finished slot goes to the next question at once, without moving the others.
-
     Memory in numbers: 2 * n_layers * n_slots * H * K * (max_new_tokens rounded up to whole blocks + source_length), and
     one layer's share of it while the ring changes its size. Raises ValueError, before any work, if that does not fit.
     fixed: the ring has its last size from the start, as `record` needs it. The clock is a tensor for the same reason."""
@@ -177,9 +175,9 @@ def free_memory(device: torch.device) -> float:
     return 1024 * int(found[1]) if found else math.inf
 
 def record(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:
-    """`model.step` on a GPU as a CUDA graph: its several hundred kernels are recorded once, then launched as one.
-    Launched one by one, they take the CPU about ten times as long as the GPU. A recording repeats the same work on the same
-    addresses, whoever sits in the slots: ids are copied in, logits are overwritten, and the cache must be `fixed`."""
+    """`model.step` on a GPU as a CUDA graph: its several hundred kernels, which take longer to launch than to run, are recorded
+    once, then launched as one. A recording repeats the same work on the same addresses, whoever sits in the slots: ids are
+    copied in, logits are overwritten, and the cache must be `fixed`."""
     ids, graph, aside = torch.zeros_like(cache.births), torch.cuda.CUDAGraph(), torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):

@@ -59,7 +59,6 @@ def dpo_loss(
     """Loss, chosen rewards and rejected rewards per pair, from four log-probabilities per pair, all (B,).
 
         r(y|x) = beta * (log pi(y|x) - log pi_ref(y|x)),    loss = -log sigmoid(r(y_w|x) - r(y_l|x))
-
     Source: paper, section 2, eq. 5."""
     chosen_rewards = beta * (chosen_logps - reference_chosen)
     rejected_rewards = beta * (rejected_logps - reference_rejected)

@@ -174,8 +174,7 @@ class Stack(nn.Module):
     def __init__(self, config: T5Config, decoder: bool):
         super().__init__()
         self.bidirectional = not decoder
-        # The public checkpoints keep this table in their first block; all blocks of the stack add the same bias.
-        self.relative_bias = nn.Embedding(N_BUCKETS, config.n_heads)
+        self.relative_bias = nn.Embedding(N_BUCKETS, config.n_heads)  # one for all blocks; checkpoints keep it in the first
         self.blocks = nn.ModuleList(Block(config, cross=decoder) for _ in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model, config.epsilon)
         self.dropout = nn.Dropout(config.dropout)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from calculator import rewrite
 from data.folder import RunFolder
 from data.problems import Problem, load_problems, read_jsonl, write_text
 from data.sources import fetch_datasets, fetch_flan_t5
@@ -53,6 +54,7 @@ class Config:
     shard: bool = option(False, False, "training", "torchrun: spread every model over the processes, for xl and xxl")
     seed: int = option(42, 42, "run", "of data order, dropout and sampling [authors' code]")
     limit: int = option(0, 0, "run", "use only the first N problems of every set; 0 for all")
+    rewrite: bool = option(False, False, "method", "give annotations in L the result that the calculator prints [ours]")
     rounds: int = option(3, 2, "method", "rounds of self-training [figure 5]")
     dpo_samples: int = option(5, 5, "method", "rationales per question in the DPO step [section 4.2]")
     sft_samples: int = option(3, 3, "method", "rationales per question in the SFT step [section 4.2]")
@@ -147,7 +149,8 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, l
         if leaked := sorted(spelled(problems) & spelled([*labeled, *unlabeled])):
             raise ValueError(f"{name}: {len(leaked)} questions are trained on, as {leaked[0]!r:.60}: drop them, or --allow-leakage")
     first = config.limit or None
-    labeled = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in labeled if problem.rationale][:first]
+    spell = lambda text: rewrite(format_rationale(text)) if config.rewrite else format_rationale(text)
+    labeled = [replace(problem, rationale=spell(problem.rationale)) for problem in labeled if problem.rationale][:first]
     return labeled, unlabeled[:first], {name: problems[:first] for name, problems in tests.items()}
 
 def batch_sizes(config: Config, c: T5Config, free: float) -> tuple[int, int]:

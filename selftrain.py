@@ -42,8 +42,7 @@ def is_correct(rationale: str, answer: float | str) -> bool:
     return predicted is not None and same_answer(predicted, answer)
 
 def pass_at_k(n: int, n_correct: int, k: int) -> float:
-    """The chance that k of n samples, n_correct of them correct, hold a correct one: an unbiased estimate of pass@k.
-    Source: Chen et al. (2021), eq. 1; the paper's figure 6."""
+    """The chance that k of n samples, n_correct of them right, hold a right one: pass@k, unbiased. Source: Chen et al. (2021)."""
     return 1 - math.comb(n - n_correct, k) / math.comb(n, k)
 
 def split_samples(rationales: Sequence[str], answer: float | str) -> tuple[list[str], list[str]]:

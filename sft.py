@@ -1,5 +1,4 @@
-"""Supervised fine-tuning (paper, eq. 2): raise the likelihood of good rationales. And the training loop of the project,
-on one processor or, started by torchrun, on many, stopped and continued at any moment.
+"""Supervised fine-tuning (paper, eq. 2), and the training loop: on one processor or many (torchrun), to be continued after a stop.
 
 Left out: generation, preferences, early stopping, mixed precision in fp16 (T5 overflows in it).
 
@@ -85,8 +84,7 @@ def learning_rate(step: int, n_steps: int, schedule: Schedule) -> float:
     warmup = math.ceil(schedule.warmup_ratio * n_steps)
     if step < warmup:
         return schedule.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, n_steps - warmup)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
+    cosine = (1 + math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup))) / 2
     return schedule.learning_rate * (schedule.final_ratio + (1 - schedule.final_ratio) * cosine)
 
 def epochs(n: int, batch_size: int, seed: int) -> Iterator[list[int]]:

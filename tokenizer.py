@@ -58,9 +58,8 @@ def pad_batch(rows: list[list[int]], padding: int = PAD_ID) -> tuple[Tensor, Ten
 KNOWN_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "½": "1/2", "¼": "1/4", "¾": "3/4", "`": "'"})
 
 def format_rationale(text: str) -> str:
-    """Respell a GSM8K rationale in T5's vocabulary, which has neither `<<` nor line breaks.
-    `She sold 48/2 = <<48/2=24>>24 clips.\\n#### 24` -> `She sold 48 / 2 = [ 48 / 2 = 24] 24 clips. #### 24`.
-    Source: authors' code, data_module.py."""
+    """Respell a GSM8K rationale in T5's vocabulary, which has neither `<<` nor line breaks. Source: authors' code, data_module.py.
+    `She sold 48/2 = <<48/2=24>>24 clips.\\n#### 24` -> `She sold 48 / 2 = [ 48 / 2 = 24] 24 clips. #### 24`."""
     text = re.sub(r"<<(\d+)=\1>>", "", text.translate(KNOWN_SIGNS))  # an annotation that only restates a number
     text = re.sub(r"(?<=\D):(?=\d)", ": ", text)  # but 5:30 is a time of day
     text = text.replace("<<", "[ ").replace(">>", "] ").replace("####", "#### ").replace("####  ", "#### ")

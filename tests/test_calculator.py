@@ -10,7 +10,8 @@ from decimal import ROUND_HALF_EVEN, Decimal
 
 import pytest
 
-from calculator import MAX_DEPTH, MAX_LENGTH, MAX_SIZE, calculate, format_number
+from calculator import MAX_DEPTH, MAX_LENGTH, MAX_SIZE, calculate, format_number, rewrite
+from tokenizer import format_rationale
 
 VALUES = {
     # the four operations, their order, and brackets
@@ -153,6 +154,25 @@ def test_gsm8k_annotations_evaluate_and_print_as_annotated(shared):
     assert len(found) > 20_000
     assert sum(result is not None for result in results) >= 0.999 * len(found)
     assert sum(result == annotated for result, (_, annotated) in zip(results, found)) >= 0.965 * len(found)
+
+
+@pytest.mark.parametrize("before, after", [
+    ("It is [ 3 * 20 = 60.00] $ 60.00. #### 60", "It is [ 3 * 20 = 60] $ 60.00. #### 60"),
+    ("[ 1 / 3 = 0.3333] and [ x + 1 = 5] and [ 2 + 2", "[ 1 / 3 = 0.33] and [ x + 1 = 5] and [ 2 + 2"),
+    ("[ 2 + 3+4= 9] [ 1 / 0 = 7] [] [=] [ = ]", "[ 2 + 3+4= 9] [ 1 / 0 = 7] [] [=] [ = ]"),
+])  # fmt: skip
+def test_rewritten_annotations_say_what_the_calculator_prints(before, after):
+    """Only what stands between `=` and `]` may change, and only where the calculator has an answer."""
+    assert rewrite(before) == after and rewrite(after) == after
+
+
+def test_rewritten_gsm8k_is_what_decoding_would_write(shared):
+    """With --rewrite, training text and decoding agree: no annotation differs from the calculator's result any more."""
+    lines = (shared / "data/gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [format_rationale(json.loads(line)["answer"]) for line in lines]
+    found = [pair for text in texts for pair in re.findall(r"\[([^][=]*)=([^][]*)\]", rewrite(text))]
+    assert len(found) > 20_000 and all(calculate(a) in (None, b.strip()) for a, b in found)
+    assert 200 < sum(rewrite(text) != text for text in texts) < 400
 
 
 def seconds(text: str) -> float:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from calculator import calculate
+from calculator import calculate, rewrite
 from data.problems import load_problems
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, UNKNOWN_ID, Tokenizer, format_rationale
 
@@ -28,6 +28,7 @@ def main() -> None:
         counts["questions with an unknown id"] += UNKNOWN_ID in questions
         counts["rationales with an unknown id"] += UNKNOWN_ID in rationales
         counts["rationales with an unknown id if format_rationale did nothing"] += UNKNOWN_ID in tokenizer.encode(problem.rationale)
+        counts["rationales that --rewrite changes"] += rewrite(rationale) != rationale
         for expression, result in re.findall(r"\[ ([^][=]*)= ?([^][=]*)\]", rationale):
             found = calculate(expression)
             counts["annotations"] += 1
