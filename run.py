@@ -154,10 +154,10 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, l
     return labeled, unlabeled[:first], {name: problems[:first] for name, problems in tests.items()}
 
 def batch_sizes(config: Config, c: T5Config, free: float) -> tuple[int, int]:
-    """--micro-batch-tokens and --decode-batch-size; if left open, fixed ones on a CPU, and on a GPU as much as half of its free
-    bytes hold of activations, or of keys and values, and as is ever at hand (factors: README, "Speed and memory")."""
+    """--micro-batch-tokens and --decode-batch-size; if left open, fixed ones on a CPU, and on a GPU what half of its free bytes
+    hold of activations, or of keys and values (README, "One GPU"), up to a batch of texts, and half of a part to be sampled."""
     held = free / 2 / (8 * c.vocab_size + 160 * c.n_layers * c.d_model), free / 2 / (2000 * c.n_layers * c.n_heads * c.d_kv)
-    found = (2048, 96) if config.device == "cpu" else map(int, map(min, held, (2**14 // place()[1], PART)))
+    found = (2048, 96) if config.device == "cpu" else map(int, map(min, held, (2**14 // place()[1], PART // 2)))
     return tuple(given or fitting for given, fitting in zip((config.micro_batch_tokens, config.decode_batch_size), found))
 
 def report(config: Config, folder: RunFolder) -> str:
