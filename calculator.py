@@ -75,5 +75,4 @@ def bounded(value: float) -> float:
 
 if __name__ == "__main__":
     for text in sys.argv[1:] or ["48 / 2", "(1,200 - 15%) * .5", "2 ** 9999", "1 / 0", "__import__('os')"]:
-        result = calculate(text)
-        print(f"{text} = {result}" if result is not None else f"{text}: left to the model")
+        print(f"{text} = {result}" if (result := calculate(text)) is not None else f"{text}: left to the model")

@@ -29,7 +29,7 @@ from model import START_ID, T5, decoding, load_flan_t5, mask_to_bias
 from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 
 MAX_NEW_TOKENS = 300  # section 4.2
-GROUP = {"cpu": 8, "cuda": 64}  # questions encoded at a time
+GROUP = 64 if torch.cuda.is_available() else 8  # questions encoded at a time
 TOP_K = 50  # DIFFERS: visible here; the authors inherit it from their framework without saying so
 
 @dataclass
@@ -94,12 +94,12 @@ class RowState:
 
 class KVCache:
     """Keys and values of B slots that share one clock and one ring.
-    T5 knows distances only, never absolute positions. So sequences of one batch may start at different times and still
-    write to the same place of a ring at each step and share one row of position bias; a mask hides from each slot what
-    is older than its sequence. A finished slot goes to the next question at once, without moving the others.
-    Memory in numbers: 2 * n_layers * n_slots * H * K * (max_new_tokens rounded up to whole blocks + source_length), and
-    one layer's share of it while the ring changes its size. Raises ValueError, before any work, if that does not fit.
-    fixed: the ring has its last size from the start, as `record` needs it. The clock is a tensor for the same reason."""
+    T5 knows distances only, never absolute positions. So sequences of one batch may start at different times and still write to
+    the same place of a ring at each step and share one row of position bias; a mask hides from each slot what is older than its
+    sequence. A finished slot goes to the next question at once, without moving the others. fixed: the ring has its last size
+    from the start, as `record` needs it; the clock is a tensor for the same reason.
+    Memory in numbers: 2 * n_layers * n_slots * H * K * (max_new_tokens rounded up to whole blocks + source_length), and one
+    layer's share of it while the ring changes its size. Raises torch.OutOfMemoryError, before any work, if it cannot fit."""
     BLOCK = 32  # the ring grows and shrinks by so many positions
 
     def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int, fixed: bool = False):
@@ -109,7 +109,7 @@ class KVCache:
         if wanted > free:
             advice = f"use a batch size of at most {most}" if (most := int(0.8 * free / wanted * n_slots)) else "none fits"
             sizes = f"need {wanted / 2**20:,.0f} MiB for keys and values, {free / 2**20:,.0f} are free"
-            raise ValueError(f"{n_slots} rationales at a time {sizes}: {advice}")
+            raise torch.OutOfMemoryError(f"{n_slots} rationales at a time {sizes}: {advice}")
         self.memory = like.new_empty(c.n_layers, 2, place * longest)  # the system hands it out as the ring grows into it
         self.size, self.width = longest if fixed else self.BLOCK, source_length
         self.ring = self.memory[..., : place * self.size].unflatten(-1, (n_slots, c.n_heads, self.size, c.d_kv)).zero_()
@@ -175,9 +175,9 @@ def free_memory(device: torch.device) -> float:
     return 1024 * int(found[1]) if found else math.inf
 
 def record(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:
-    """`model.step` on a GPU as a CUDA graph: its several hundred kernels, which take longer to launch than to run, are recorded
-    once, then launched as one. A recording repeats the same work on the same addresses, whoever sits in the slots: ids are
-    copied in, logits are overwritten, and the cache must be `fixed`."""
+    """`model.step` on a GPU as a CUDA graph: its several hundred kernels are recorded once, and from then on launched as one.
+    A recording repeats the same work on the same addresses, whoever sits in the slots: ids are copied in, logits are
+    overwritten, and the cache must be `fixed`."""
     ids, graph, aside = torch.zeros_like(cache.births), torch.cuda.CUDAGraph(), torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -194,9 +194,9 @@ def generate(
     graph: bool | None = None, progress: str | None = None, process: Callable | None = None, on_finish: Callable | None = None,
 ) -> list[list[Sample]]:  # fmt: skip
     """Write n_samples rationales for each question; result[i][k] is sample k of questions[i].
-    A sampled rationale depends on weights, question, seed and sample number alone. batch_size: rationales written at a
-    time. graph: whether to `record` the step, by default on a GPU. progress: title of a bar on stderr. process(logits, rows)
-    -> logits (B, V) may change the scores before an id is chosen; rows: B times a RowState or None. on_finish(i, k, sample)
+    A sampled rationale depends on weights, question, seed and sample number alone. batch_size: rationales written at a time.
+    graph: `record` the step, so never shrink the batch; by default on a GPU. progress: title of a bar on stderr. process(logits,
+    rows) -> logits (B, V) may change the scores before an id is chosen; rows: B times a RowState or None. on_finish(i, k, sample)
     is called as each rationale ends: what it keeps, Ctrl-C does not lose. Source: section 3.2, figure 4; the scheduling is ours.
     Memory: the KVCache, keys and values of GROUP questions, 4 * V bytes of logits per slot, on a CPU the packed matrices."""
     source_ids = [tokenizer.encode(question, MAX_QUESTION) for question in questions]
@@ -209,8 +209,7 @@ def generate(
     n_slots, longest = min(batch_size, len(waiting)), len(source_ids[order[0]])
     graph = model.device.type == "cuda" if graph is None else graph
     cache = KVCache(model, n_slots, max_new_tokens, longest, fixed=graph)
-    size = GROUP[model.device.type]
-    groups = iter(order[at : at + size] for at in range(0, len(order), size))  # of like length: little padding
+    groups = iter(order[at : at + GROUP] for at in range(0, len(order), GROUP))  # of like length: little padding
     group, encoded = [], []  # the questions whose turn it is, and their keys and values for cross-attention
     rows: list[RowState | None] = [None] * n_slots
     bar = tqdm(total=len(waiting), desc=progress, unit="rationale", disable=None if progress else True)
@@ -292,5 +291,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (FileNotFoundError, ValueError, KeyboardInterrupt) as error:
+    except (FileNotFoundError, ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sys.exit(f"decode.py: {str(error) or 'stopped'}")

@@ -6,9 +6,9 @@
 import argparse
 import difflib
 import hashlib
-import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -28,7 +28,7 @@ from decode import free_memory
 from model import SIZES, T5Config, read_config
 from selftrain import PART, Stages, accuracies, self_train
 from sft import alone, deal, place, print_log
-from tokenizer import Tokenizer, format_rationale
+from tokenizer import MAX_QUESTION, Tokenizer, format_rationale
 
 TESTS = ("GSM8K", "MultiArith", "ASDiv", "SVAMP")
 HOURS = {"small": 0.0015, "base": 0.0053, "large": 0.017, "xl": 0.064, "xxl": 0.25}  # per question and round: README
@@ -112,9 +112,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], parser.format_help().split(), 1, 0.7) or ["--help"]
         parser.error(f"there is no {unknown[0]}; did you mean {near[0]}?")
-    if finished := (args := vars(args)).pop("report"):
-        sys.exit(importlib.import_module("tests.bench.report").main(finished))
-    out = args.pop("out")
+    out, runs = (args := vars(args)).pop("out"), args.pop("report")
+    if runs:  # by its path, for many an installed package brings a `tests` of its own
+        sys.exit(runpy.run_path(f"{Path(__file__).parent}/tests/bench/report.py")["main"](runs + ["--out", str(out)] * bool(out)))
     for item in OPTIONS:
         least = int(item.type is int and item.name not in ("seed", "limit", "rounds", "top_k"))
         if args[item.name] is None:
@@ -154,11 +154,14 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, l
     return labeled, unlabeled[:first], {name: problems[:first] for name, problems in tests.items()}
 
 def batch_sizes(config: Config, c: T5Config, free: float) -> tuple[int, int]:
-    """--micro-batch-tokens and --decode-batch-size; if left open, fixed ones on a CPU, and on a GPU what half of its free bytes
-    hold of activations, or of keys and values (README, "One GPU"), up to a batch of texts, and half of a part to be sampled."""
-    held = free / 2 / (8 * c.vocab_size + 160 * c.n_layers * c.d_model), free / 2 / (2000 * c.n_layers * c.n_heads * c.d_kv)
-    found = (2048, 96) if config.device == "cpu" else map(int, map(min, held, (2**14 // place()[1], PART // 2)))
-    return tuple(given or fitting for given, fitting in zip((config.micro_batch_tokens, config.decode_batch_size), found))
+    """--micro-batch-tokens and --decode-batch-size; if left open, fixed ones on a CPU, and on a GPU powers of two of which its free
+    bytes hold the activations, beside weights, gradients and moments, or the keys and values (factors: README, "One GPU")."""
+    (_, n), width = place(), c.n_heads * c.d_kv
+    n_parameters = c.n_layers * c.d_model * (12 * width + 6 * c.d_ff) + 2 * c.vocab_size * c.d_model
+    tokens = (0.9 * free - 16 * n_parameters / (n if config.shard else 1)) / (8 * c.vocab_size + 160 * c.n_layers * c.d_model)
+    rationales = 0.5 * free / (4 * c.n_layers * width * (MAX_QUESTION + config.max_new_tokens))
+    found = [1 << int(max(1, held)).bit_length() - 1 for held in (tokens, rationales)] if config.device == "cuda" else [2048, 96]
+    return config.micro_batch_tokens or min(found[0], 2**14 // n), config.decode_batch_size or min(found[1], PART // 2)
 
 def report(config: Config, folder: RunFolder) -> str:
     """Gather the evaluations in results.json (%: accuracy, 95 % interval) and results.md; return the table, shaped as table 2."""
@@ -195,8 +198,7 @@ def main() -> None:
         print(f"Two cores take about {HOURS[config.size] * len(unlabeled) * (config.rounds + 1):,.1f} hours, --size tiny minutes")
     bundled = Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else ""
     base = Path(config.weights or bundled or deal([config.size], fetch_flan_t5)[0])
-    tokenizer = Tokenizer(base)
-    folder, c = RunFolder(out), read_config(base)
+    tokenizer, folder, c = Tokenizer(base), RunFolder(out), read_config(base)
     if not 0 <= c.vocab_size - tokenizer.vocab_size < 128:  # T5 rounds up to a multiple of 128
         raise ValueError(f"{base}: {tokenizer.vocab_size} ids in spiece.model, {c.vocab_size} in the model: fetch that file again")
     free = deal([torch.device(config.device)], free_memory)[0]  # the same number for all processes

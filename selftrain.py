@@ -137,7 +137,7 @@ class Stages:
             how = {"name": name, "log": self.log, "progress": Progress(self.folder, name, self.config.save_every)}
             load = partial(load_flan_t5, start, device=self.config.device)
             attempt = lambda n: train(load(), schedule=replace(schedule, micro_batch_tokens=n), **how)
-            model = fitting(attempt, schedule.micro_batch_tokens)
+            model = fitting(attempt, self.config, "micro_batch_tokens")
             save = lambda path: (save_flan_t5(model, path), shutil.copy(self.base / "spiece.model", path))
             alone(lambda: self.folder.write(name, save, replaces=f"{name}.step-"))
         return self.folder.path / name
@@ -184,7 +184,7 @@ class Stages:
             title = None if place()[0] else f"{name} {number}/{len(work)}"
             options = {**options, "max_new_tokens": c.max_new_tokens, "progress": title}
             write = lambda size: generate(load(), self.tokenizer, [p.question for p in problems], batch_size=size, **options)
-            written = fitting(write, c.decode_batch_size)
+            written = fitting(write, c, "decode_batch_size")
             rows = ({"rationales": [s.text for s in row], "finished": [s.finished for s in row]} for row in written)
             return [{**begin, "question": p.question, "answer": p.answer, **row} for p, row in zip(problems, rows)]
 
@@ -217,16 +217,16 @@ class Stages:
         count = lambda rows: {"kept": len(rows), "questions": len({row["question"] for row in rows})}
         return [kind(**row) for row in self.keep_rows(name, [0], made, count)]
 
-def fitting(do: Callable[[int], object], size: int):
-    """do(size), or with half as much whenever the GPU's memory is too small for it; not where other processes would wait."""
+def fitting(do: Callable[[int], object], config, name: str):
+    """do(config.NAME), a batch size: halved whenever memory is too small for it, unless other processes would wait for this one."""
     while True:
         try:
-            return do(size)
-        except torch.OutOfMemoryError:
-            if size == 1 or place()[1] > 1:
+            return do(size := getattr(config, name))
+        except torch.OutOfMemoryError as error:
+            if size <= 1 or place()[1] > 1:
                 raise
-        size //= 2  # here, where the error no longer holds what did not fit
-        print(f"Out of memory: again with {size} at a time")
+            print(f"Out of memory ({str(error).splitlines()[0]:.80}): again with {name} {size // 2}")
+        setattr(config, name, size // 2)  # here, where the error no longer holds what did not fit
 
 def cut(problems: Sequence, n_samples: int = 1) -> list[Sequence]:
     """Cut problems into parts of about equal size, for at most PART rationales each."""

@@ -43,7 +43,7 @@ class RunFolder:
             before = dict(json.loads(stored.read_bytes())) if stored.exists() else config
         except (ValueError, TypeError):
             raise ValueError(f"{stored} is damaged: {elsewhere}") from None
-        names = [name for name in {**config, **before} if name not in may_change and before.get(name) != config.get(name)]
+        names = [n for n in {**config, **before} if n not in may_change and (before.get(n) or 0) != (config.get(n) or 0)]  # 0: new
         if names:
             changed = ", ".join(f"--{name.replace('_', '-')} {before.get(name) or 'off'}" for name in names)
             raise ValueError(f"{self.path} holds a run with {changed}: repeat that, or choose another --out")

@@ -1,7 +1,8 @@
 """A CUDA graph played on the CPU, so that `decode.record` runs and is held to the rules of a recording where there is no GPU.
 
 Like the real one it knows operators and addresses only: what Python computes between them (a number, a branch, a clock) is
-frozen into the recording, and what would have to wait for the GPU's answer is refused. Unlike it, it computes while recording.
+frozen into the recording, and operators that ask for a tensor's content, or bring a number to the GPU, are refused. Unlike it,
+it computes while recording, and does not see `.cpu()` and `.numpy()`: a step on meta tensors, which have no content, does.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import contextlib
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAITS = ("aten.item", "_local_scalar_dense", "nonzero", "aten.equal", "masked_select", "unique")
+WAITS = ("lift_fresh", "aten.item", "_local_scalar_dense", "nonzero", "aten.equal", "masked_select", "unique")
 
 
 class Graph:
@@ -33,7 +34,9 @@ class Recording(TorchDispatchMode):
         self.graph = graph
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(word in str(function) for word in WAITS):
+        indices = args[1] if str(function).startswith("aten.index.") else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)  # counts its True first
+        if by_mask or any(word in str(function) for word in WAITS):
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         result = function(*args, **(kwargs or {}))
         self.graph.calls.append((function, args, kwargs or {}, result))

@@ -551,11 +551,11 @@ def test_a_batch_that_cannot_fit_is_refused_at_once(model, tokenizer, monkeypatc
     slot = 2 * c.n_layers * c.n_heads * c.d_kv * 4 * (64 + max(len(tokenizer.encode(question)) for question in QUESTIONS))
     assert decode.free_memory(torch.device("cpu")) > 2**20
     monkeypatch.setattr(decode, "free_memory", lambda device: 6 * slot)
-    with pytest.raises(ValueError, match="batch size of at most 4$"):
+    with pytest.raises(torch.OutOfMemoryError, match="batch size of at most 4$"):
         generate(model, tokenizer, QUESTIONS, 2, max_new_tokens=40, batch_size=7, process=lambda *_: pytest.fail("too late"))
     assert len(generate(model, tokenizer, QUESTIONS, max_new_tokens=40, batch_size=4)) == len(QUESTIONS)
     monkeypatch.setattr(decode, "free_memory", lambda device: 1000)
-    with pytest.raises(ValueError, match="none fits"):
+    with pytest.raises(torch.OutOfMemoryError, match="none fits"):
         generate(model, tokenizer, QUESTIONS, max_new_tokens=40, batch_size=1)
 
 

@@ -184,6 +184,12 @@ def test_other_numbers_are_refused_and_all_of_them_listed(run):
     assert opened(run, CONFIG | {"rounds": 3}).find(LISTED[0])
 
 
+def test_a_flag_that_an_older_version_did_not_know_was_off(run):
+    """A newer version must go on with an older one's folder, unless the new flag is given."""
+    close(opened(run, {**CONFIG, "new_flag": False, "new_limit": 0, "new_name": ""}))
+    assert "--new-flag off" in refusal(run, {**CONFIG, "new_flag": True})
+
+
 def test_a_second_process_is_refused_until_the_first_one_ends(run):
     """Two runs would write one file by turns. The lock must go with the process, be it killed, or a night is lost to it."""
     hold = f"from data.folder import RunFolder; from pathlib import Path; f = RunFolder(Path({str(run)!r}))\n"

@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 
+import decode
 import run
 import selftrain
 from cuda_graph import play
 from data.problems import read_jsonl
 from decode import KVCache, generate
 from dpo import PairExample, pair_loss
-from model import SIZES
+from model import SIZES, T5
 from sft import Example, Loss, sft_loss
 from test_decode import QUESTIONS, model, tokenizer  # noqa: F401 (fixtures)
 
@@ -32,74 +33,121 @@ def test_a_recorded_step_writes_what_the_eager_one_writes(model, tokenizer, monk
     assert len(graphs) == 1 and graphs[0].replays > 8
 
 
-def test_the_player_catches_what_a_recording_cannot_hold(model, tokenizer, monkeypatch):  # noqa: F811
-    """The test above can fail: a place counted in Python is frozen, so that every step is written there; asking the tensor
-    for its number is refused, as CUDA does."""
-    expected, advance, steps = generate(model, tokenizer, QUESTIONS, max_new_tokens=40), KVCache.advance, itertools.count()
+def counted(self, steps=itertools.count()) -> None:
+    self.place = torch.full((1,), next(steps) % self.size)
 
-    def counted(self):
+
+def asked(self) -> None:
+    self.place = torch.full((1,), int(self.place))
+
+
+def by_mask(self) -> None:
+    self.place = self.positions[: self.size][self.positions[: self.size] == self.place]
+
+
+def brought(self) -> None:
+    self.place = self.place + torch.tensor([0])
+
+
+@pytest.mark.parametrize("spoil", [counted, asked, by_mask, brought])
+def test_the_player_catches_what_a_recording_cannot_hold(model, tokenizer, monkeypatch, spoil):  # noqa: F811
+    """The test above can fail: a place counted in Python is frozen, so that every step is written there; asking a tensor for its
+    content and bringing a number to the GPU are refused, as CUDA does."""
+    advance = KVCache.advance
+
+    def spoiled(self):
         biases = advance(self)
-        self.place = torch.full((1,), next(steps) % self.size)
+        spoil(self)
         return biases
 
-    def asked(self):
-        biases = advance(self)
-        self.place = torch.full((1,), int(self.place))
-        return biases
-
+    expected = generate(model, tokenizer, QUESTIONS, max_new_tokens=40)
     play(monkeypatch)
-    monkeypatch.setattr(KVCache, "advance", counted)
-    assert generate(model, tokenizer, QUESTIONS, graph=True, max_new_tokens=40) != expected
-    monkeypatch.setattr(KVCache, "advance", asked)
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        generate(model, tokenizer, QUESTIONS, graph=True, max_new_tokens=40)
+    monkeypatch.setattr(KVCache, "advance", spoiled)
+    if spoil is counted:
+        assert generate(model, tokenizer, QUESTIONS, graph=True, max_new_tokens=40) != expected
+    else:
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            generate(model, tokenizer, QUESTIONS, graph=True, max_new_tokens=40)
+
+
+def test_a_step_never_looks_at_a_number():
+    """On meta tensors, which have shapes but no content, all of a step goes through: nothing in it is fetched from the GPU."""
+    with torch.device("meta"), torch.inference_mode():
+        net = T5(SIZES["base"]).eval()
+        cache = KVCache(net, 5, 40, 17, fixed=True)
+        assert net.step(torch.zeros(5, dtype=torch.long), cache).shape == (5, SIZES["base"].vocab_size)
+        assert cache.ring.is_meta and cache.ring.shape == (12, 2, 5, 12, 64, 64)
+
+
+def tighten(monkeypatch, name: str, size_of, most: int) -> list[int]:
+    """Let a function of selftrain run out of memory above a size; return the sizes that are tried."""
+    original, tried = getattr(selftrain, name), []
+
+    def run(*args, **options):
+        tried.append(size_of(options))
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+        return original(*args, **options)
+
+    monkeypatch.setattr(selftrain, name, run)
+    return tried
 
 
 def test_too_little_memory_is_answered_by_less_at_a_time(tmp_path, monkeypatch, capsys):
-    """A batch of rationales and a micro-batch in training are halved until they fit; what is written stays the same."""
-    ran = {"generate": [], "train_sft": []}
-
-    def tight(name: str, size_of, most: int):
-        original = getattr(selftrain, name)
-
-        def run(*args, **options):
-            ran[name].append(size_of(options))
-            if size_of(options) > most:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return original(*args, **options)
-
-        monkeypatch.setattr(selftrain, name, run)
-
+    """A batch of rationales, and the micro-batch of a training, are halved until they fit, and stay so for the rest of the run.
+    Rationales of the same model do not depend on it; dropout's draw, in training, does."""
     flags = "--limit 4 --rounds 0 --method st --sft-epochs 1".split()
     monkeypatch.setattr("sys.argv", ["run.py", *flags, "--out", str(tmp_path / "roomy")])
     run.main()
-    tight("generate", lambda options: options["batch_size"], 64)
-    tight("train_sft", lambda options: options["schedule"].micro_batch_tokens, 600)
-    monkeypatch.setattr("sys.argv", ["run.py", *flags, "--out", str(tmp_path / "tight")])
+    texts = lambda name: [row["rationales"] for row in read_jsonl(tmp_path / name / "warm-up" / "evaluation.jsonl")]
+    with monkeypatch.context() as patch:
+        tried = tighten(patch, "generate", lambda options: options["batch_size"], 64)
+        monkeypatch.setattr("sys.argv", ["run.py", *flags, "--out", str(tmp_path / "tight")])
+        run.main()
+    assert tried[:3] == [256, 128, 64] and set(tried[3:]) == {64} and texts("tight") == texts("roomy")
+    assert capsys.readouterr().out.count("Out of memory (CUDA out of memory.): again with decode_batch_size") == 2
+    tried = tighten(monkeypatch, "train_sft", lambda options: options["schedule"].micro_batch_tokens, 600)
+    monkeypatch.setattr("sys.argv", ["run.py", *flags, "--out", str(tmp_path / "tighter")])
     run.main()
-    assert ran["train_sft"] == [2048, 1024, 512] and ran["generate"][:3] == [256, 128, 64]
-    assert capsys.readouterr().out.count("Out of memory: again with") > 4
-    roomy, tight_ = (read_jsonl(tmp_path / name / "warm-up" / "evaluation.jsonl") for name in ("roomy", "tight"))
-    assert [row["question"] for row in roomy] == [row["question"] for row in tight_]
+    assert tried == [2048, 1024, 512] and len(texts("tighter")) == len(texts("roomy"))
+
+
+def test_a_cache_that_does_not_fit_is_halved_too(model, tokenizer, monkeypatch):  # noqa: F811
+    """KVCache refuses a batch before any work; in a run that is no end either."""
+    config, c = run.Config(decode_batch_size=64), model.config
+    place = 2 * c.n_layers * c.n_heads * c.d_kv * 4 * 128  # a slot of 64 positions and a short question takes half of it
+    monkeypatch.setattr(decode, "free_memory", lambda device: 12 * place)
+    written = selftrain.fitting(lambda size: generate(model, tokenizer, ["Ann."] * 64, batch_size=size, max_new_tokens=64), config, "decode_batch_size")
+    assert len(written) == 64 and config.decode_batch_size == 16
 
 
 def test_one_of_several_processes_does_not_try_again_alone(monkeypatch):
     """The others would wait for it, in a training of other pieces: the run ends, and says which number to lower."""
     monkeypatch.setattr(selftrain, "place", lambda: (0, 2))
+    config = run.Config(decode_batch_size=8)
     with pytest.raises(torch.OutOfMemoryError):
-        selftrain.fitting(lambda size: (_ for _ in ()).throw(torch.OutOfMemoryError()), 8)
+        selftrain.fitting(lambda size: (_ for _ in ()).throw(torch.OutOfMemoryError()), config, "decode_batch_size")
+    assert config.decode_batch_size == 8
 
 
 @pytest.mark.parametrize("size, gigabytes, processes, expected", [
-    ("base", 80, 1, (16384, 256)), ("base", 80, 8, (2048, 256)), ("large", 80, 1, (9548, 256)), ("large", 24, 1, (2864, 244)),
+    ("base", 80, 1, (16384, 256)), ("base", 80, 8, (2048, 256)), ("large", 80, 1, (8192, 256)), ("large", 24, 1, (2048, 128)),
+    ("xl", 80, 1, (2048, 256)), ("xxl", 1, 1, (1, 2)),
 ])  # fmt: skip
 def test_batch_sizes_follow_the_free_memory(monkeypatch, size, gigabytes, processes, expected):
-    """On a GPU half of what is free is filled; all processes together take no more tokens than one batch of 96 has.
-    With as many places as a part of the sampling has rationales, none would ever be handed on, and all wait for the longest."""
+    """What the formulas of README's "One GPU" need is free; all processes together take no more tokens than one batch of 96
+    has; and with as many places as a part of the sampling has rationales, none would ever be handed on. Powers of two, so that
+    a restart with a few bytes less free goes on with the same numbers."""
     monkeypatch.setattr(run, "place", lambda: (0, processes))
     c, config = SIZES[size], run.Config(size=size, device="cuda")
-    assert run.batch_sizes(config, c, gigabytes * 1e9) == expected
-    assert run.batch_sizes(replace(config, decode_batch_size=7), c, gigabytes * 1e9) == (expected[0], 7)
+    tokens, rationales = run.batch_sizes(config, c, gigabytes * 1e9)
+    assert (tokens, rationales) == expected
+    with torch.device("meta"):
+        n_parameters = sum(p.numel() for p in T5(c).parameters())
+    if gigabytes > 1:
+        assert 16 * n_parameters + tokens * (8 * c.vocab_size + 160 * c.n_layers * c.d_model) < gigabytes * 1e9
+        assert 2 * 2 * c.n_layers * c.n_heads * c.d_kv * (300 + 200) * rationales < gigabytes * 1e9 / 2
+    assert run.batch_sizes(replace(config, decode_batch_size=7), c, gigabytes * 1e9) == (tokens, 7)
     assert run.batch_sizes(replace(config, device="cpu"), c, gigabytes * 1e9) == (2048, 96)
 
 
@@ -117,10 +165,14 @@ def on_gpu(model):  # noqa: F811
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS)
-def test_gpu_recorded_steps_write_what_eager_ones_write(on_gpu, tokenizer, options):  # noqa: F811
-    """In fp32 both run the same kernels on the same numbers: not a letter may differ."""
-    both = [generate(on_gpu, tokenizer, QUESTIONS, graph=graph, max_new_tokens=40, batch_size=4, **options) for graph in (True, False)]
-    assert both[0] == both[1]
+def test_gpu_recorded_steps_write_what_eager_ones_write(on_gpu, tokenizer, monkeypatch, options):  # noqa: F811
+    """In fp32 the recording runs the kernels that the same step runs by itself: not a letter may differ. The usual eager path
+    has other shapes, as its ring grows: there a near-tie may."""
+    write = lambda graph: generate(on_gpu, tokenizer, QUESTIONS, graph=graph, max_new_tokens=40, batch_size=4, **options)
+    recorded, eager = write(True), write(False)
+    assert sum(a == b for a, b in zip(recorded, eager)) >= len(QUESTIONS) - 1
+    monkeypatch.setattr(decode, "record", lambda model, cache: partial(model.step, cache=cache))
+    assert write(True) == recorded
 
 
 @pytest.mark.gpu

@@ -217,7 +217,7 @@ def main() -> None:
     versions = [f"{name} {module.__version__ if module else 'not installed: left out'}"
                 for name, module in (("transformers", transformers), ("ctranslate2", ctranslate2))]  # fmt: skip
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
-          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {', '.join(versions)}, fp32, {repeats} turns")  # fmt: skip
+          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {', '.join(versions)}, {'bf16' if args.device == 'cuda' or args.cases == [9] else 'fp32'}, {repeats} turns")  # fmt: skip
     if transformers:
         transformers.logging.set_verbosity_error()
     if args.device == "cuda" or args.cases == [9]:
@@ -276,7 +276,7 @@ def gpu_table(args: argparse.Namespace, tokenizer: Tokenizer, questions: list[st
                     systems["plain"] = lambda: bench.theirs(few, batch, **options)
                 bench.ours(questions[:batch], batch, max_new_tokens=4)  # warm
                 seconds = {name: statistics.median(spent) for name, spent in take_turns(systems, repeats).items()}
-                steps, floor = tokens * len(questions) / batch, bench.floor.seconds(bench.sources(questions), [tokens] * len(questions), batch)
+                steps, floor = tokens * max(1, len(questions) / batch), bench.floor.seconds(bench.sources(questions), [tokens] * len(questions), batch)
                 ratios = [f"{seconds[peer] / len(few) / (seconds[on] / len(questions)):.1f}" if peer in seconds else ""
                           for peer, on in (("re-reading", True), ("plain", False))]  # fmt: skip
                 print(f"| {size}, {batch} | {tokens * len(questions) / seconds[True]:,.0f} | {1000 * seconds[True] / steps:.2f} | "

@@ -8,7 +8,6 @@ top-k. One table a test set; runs that differ in the seed are merged, of a singl
 
 import argparse
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import run
 from decode import generate
 from model import load_flan_t5
 from selftrain import is_correct, pass_at_k
-from tests.bench.report import about_samples, spread
+from tests.bench.report import about_samples, config_of, spread
 from tokenizer import Tokenizer
 
 
@@ -30,7 +29,8 @@ def bootstrap(values: list[float], n: int = 2000) -> tuple[float, float]:
 
 def draw(checkpoint: Path, problems: list, config: run.Config, n_samples: int, calculator: bool) -> list[dict]:
     """n_samples rationales for each problem, in the rows that a run would keep."""
-    model, tokenizer = load_flan_t5(checkpoint, device=config.device), Tokenizer(checkpoint)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)  # as in a run
+    model, tokenizer = load_flan_t5(checkpoint, dtype, device), Tokenizer(checkpoint)
     written = generate(
         model, tokenizer, [problem.question for problem in problems], n_samples, config.temperature, config.top_k, config.max_new_tokens,
         calculator, f"pass@k/{config.seed}", config.decode_batch_size or 96, progress=str(checkpoint),
@@ -50,8 +50,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     rows: dict[tuple[str, str, bool], list[dict]] = {}
     for folder in args.runs:
-        stored = json.loads((folder / "config.json").read_text())
-        config = run.Config(**{item.name: stored[item.name] for item in fields(run.Config)})
+        config = config_of(json.loads((folder / "config.json").read_text()))
         found = sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob("spiece.model"))
         for test, problems in run.load_data(config)[2].items():
             for name in args.models or found:
@@ -65,7 +64,7 @@ def main() -> None:
                 n = len(runs[0])
                 about = [about_samples(drawn, Tokenizer(args.runs[0] / name), args.samples) for drawn in runs]
                 cells = {key: spread([numbers[key] for numbers in about]) for key in about[0]}
-                for k in (1, args.samples) if len(runs) == 1 else ():
+                for k in {1, args.samples} if len(runs) == 1 else ():
                     right = [sum(is_correct(text, row["answer"]) for text in row["rationales"]) for row in runs[0]]
                     low, high = bootstrap([100 * pass_at_k(args.samples, n_right, k) for n_right in right])
                     cells[f"pass@{k}"] += f" ({low:.1f} to {high:.1f})"

@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 
@@ -47,11 +47,16 @@ def interval(differences: list[float]) -> str:
 # ------------------------------------------------------------------------------------------------ what a folder says
 
 
+def config_of(stored: dict) -> run.Config:
+    """What config.json says; flags that an older version did not have were off."""
+    return run.Config(**{item.name: stored[item.name] for item in fields(run.Config) if item.name in stored})
+
+
 def steps_by_question(config: dict) -> dict[str, int]:
     """How many steps the held-out problems of --size tiny take: they are made, not read."""
     if config["size"] != "tiny" or config["labeled"]:
         return {}
-    config = run.Config(**{item.name: config[item.name] for item in fields(run.Config)})
+    config = config_of(config)
     return {problem.question: problem.rationale.count("<<") for problem in run.load_data(config)[2]["held-out"]}
 
 
@@ -252,8 +257,8 @@ def main(argv: list[str] | None = None) -> None:
         if not (folder / "config.json").exists() or not RunFolder(folder).find("warm-up/evaluation.jsonl"):
             print(f"{folder}: no evaluation yet, left out", file=sys.stderr)
             continue
-        config = json.loads((folder / "config.json").read_text())
-        kinds[json.dumps({**config, **dict.fromkeys(("seed", "checksum_of_problems", *LIMITS))}, sort_keys=True)].append(folder)
+        config = asdict(config_of(json.loads((folder / "config.json").read_text())))
+        kinds[json.dumps({**config, **dict.fromkeys(("seed", *LIMITS))}, sort_keys=True)].append(folder)
         folders.append(folder)
     if len(kinds) != 1:
         sys.exit(f"report: {'these runs differ in more than the seed' if kinds else 'nothing to report'}: give runs of one kind")
