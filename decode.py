@@ -132,7 +132,7 @@ class KVCache:
         if needed > self.size or needed < self.size - self.BLOCK:
             places = (self.clock - oldest + self.positions[:oldest]) % self.size
             self.relocate(lambda ring: ring.index_select(2, places), needed)
-            self.births, self.clock, self.size = self.births - self.clock + oldest, self.clock * 0 + oldest, needed
+            self.births, self.clock, self.size = self.births - self.clock + oldest, torch.full_like(self.clock, oldest), needed
         if width < 0.8 * self.width:
             self.width, self.cross = width, self.cross[..., :width, :].contiguous()
 

@@ -51,6 +51,7 @@ def main_in_this_process(*arguments: object) -> tuple[int, str]:
     """run.py as a command, but without the second that a new process takes: its exit code and what it said on stderr."""
     said, before, handler = io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = ["run.py", *map(str, arguments)]
+    gc.freeze()  # what exists by now need not be looked through afterwards
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
@@ -61,6 +62,7 @@ def main_in_this_process(*arguments: object) -> tuple[int, str]:
         sys.argv = before
         signal.signal(signal.SIGTERM, handler)
         gc.collect()  # and with what is left of it the lock of its folder
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +150,9 @@ def test_who_is_asked_to_stop_says_how_to_go_on(tmp_path, stop):
     """A scheduler's SIGTERM and a person's Ctrl-C are no errors: one sentence, and what was finished is listed."""
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are deaf to it
+    )  # fmt: skip
     while process.poll() is None and not (out / "sha256sums.txt").exists() or ".step-" not in (out / "sha256sums.txt").read_text():
         time.sleep(0.02)
     process.send_signal(stop)

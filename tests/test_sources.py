@@ -261,7 +261,10 @@ def test_a_killed_download_leaves_nothing_under_its_name(hosts, tmp_path, stop):
     """The process dies with half a file on disk; the same command then succeeds."""
     hosts.faults["pytorch_model.bin"] = "stalls"
     program = ("from data import sources; sources.SHA256.clear(); sources.find_spec = lambda name: None; print(sources.fetch_flan_t5('base'))")
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are deaf to it
+    )  # fmt: skip
     deadline = time.time() + 30
     while not list(tmp_path.rglob("pytorch_model.bin.*.partial")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
