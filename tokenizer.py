@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
-N_SENTINELS = 100
 MAX_QUESTION, MAX_RATIONALE = 200, 300  # authors' code: longer texts are cut (tokens)
 
 class Tokenizer:
@@ -29,7 +28,7 @@ class Tokenizer:
         if (found := (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())) != (PAD_ID, EOS_ID, UNKNOWN_ID):
             raise ValueError(f"{path} has padding, end and unknown ids {found}; T5 needs {PAD_ID, EOS_ID, UNKNOWN_ID}")
         self.n_pieces = self.pieces.get_piece_size()
-        self.vocab_size = self.n_pieces + N_SENTINELS
+        self.vocab_size = self.n_pieces + 100  # sentinels
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Turn text into ids that end in EOS, at most max_length of them (the EOS stays when text is cut)."""

@@ -20,7 +20,7 @@ WRONG = {
                                  "torch.stack(sequence_logps(model, pairs), -1).detach()"),
     "deduplication that drops the gold": (9, "selftrain.py", "[p.rationale, *rationales]", "[*rationales, p.rationale]"),
     "dropout left on": (8, "dpo.py", "dropout=False", "dropout=True"),
-    "cache written one slot late": (3, "decode.py", "self.place = self.clock % self.size", "self.place = (self.clock + 1) % self.size"),
+    "cache written one slot late": (3, "decode.py", "place = self.clock % self.size", "place = (self.clock + 1) % self.size"),
     "calculator firing in the wrong row": (5, "decode.py", "Sample(), deque()", "Sample(), vars(tokenizer).setdefault('queue', deque())"),
     "pairs from unlabeled gold": (12, "selftrain.py", "rationale=gold.get(problem.question)) for", "rationale=gold.get(problem.question, problem.rationale)) for"),
 }  # fmt: skip
