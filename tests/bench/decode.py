@@ -36,6 +36,7 @@ except ModuleNotFoundError:
     transformers = None
 try:
     import ctranslate2
+    import google.protobuf  # noqa: F401 (its converter reads the vocabulary with this)
 except ModuleNotFoundError:
     ctranslate2 = None
 
