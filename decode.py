@@ -277,7 +277,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
     example = ["Tom has 12 boxes with 24 pens in each. How many pens does Tom have?"]
-    questions = [line.strip() for line in sys.stdin if line.strip()] if args.question == ["-"] else args.question or example
+    questions = [*filter(None, map(str.strip, sys.stdin))] if args.question == ["-"] else args.question or example
     marks = ("\033[7m", "\033[0m") if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("«", "»")
     for batch in [questions] if args.question else [questions, questions * 32]:
         began = time.perf_counter()
@@ -285,8 +285,9 @@ def main() -> None:
         speed = sum(len(sample.ids) for row in samples for sample in row) / (time.perf_counter() - began)
         for question, row in zip(questions, samples):
             print(question, *(f"  {mark_forced(tokenizer, sample, marks)}" for sample in row), sep="\n")
-            (answer, votes), = Counter(sample.text.rpartition("#### ")[2] for sample in row).most_common(1)
-            print(f"  -> {answer or 'no answer'}" + f" ({votes} of {len(row)} votes)" * (len(row) > 1))
+            found = Counter(filter(None, ((sample.text.split("#### ")[1:] or [""])[-1] for sample in row)))
+            (answer, votes), = found.most_common(1) or [("no answer", 0)]
+            print(f"  -> {answer}" + f" ({votes} of {len(row)} votes)" * (len(row) > 1))
         print(f"batch of {len(batch) * n}: {speed:,.0f} tokens/s")
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, l
     spelled = lambda problems: {" ".join(problem.question.split()).casefold() for problem in problems}
     for name, problems in () if config.allow_leakage else tests.items():
         if leaked := sorted(spelled(problems) & spelled([*labeled, *unlabeled])):
-            raise ValueError(f"{name}: {len(leaked)} questions are trained on, as {leaked[0]!r:.60}: drop them, or --allow-leakage")
+            raise ValueError(f"{name}: {len(leaked)} questions are trained on ('{leaked[0]:.40}...'): drop them or --allow-leakage")
     first = config.limit or None
     spell = lambda text: rewrite(format_rationale(text)) if config.rewrite else format_rationale(text)
     labeled = [replace(problem, rationale=spell(problem.rationale)) for problem in labeled if problem.rationale][:first]
@@ -192,7 +192,7 @@ def main() -> None:
                 raise ValueError(f"there are more processes than the {count} GPUs here: lower --nproc-per-node")
             torch.cuda.set_device(local)
         dist.init_process_group(timeout=timedelta(minutes=config.timeout))  # gloo between CPUs, NCCL between GPUs
-    rank, n = place()
+    (rank, n), began = place(), time.perf_counter()
     labeled, unlabeled, tests = load_data(config)
     if config.device == "cpu" and config.size in HOURS and rank == 0:
         print(f"Two cores take about {HOURS[config.size] * len(unlabeled) * (config.rounds + 1):,.1f} hours, --size tiny minutes")
@@ -206,7 +206,6 @@ def main() -> None:
     checksum = hashlib.sha256(repr((labeled, unlabeled, tests)).encode()).hexdigest()[:16]  # a file may change under its name
     alone(lambda: folder.open({**asdict(config), "checksum_of_problems": checksum}, MAY_CHANGE))
     log = lambda record: (print_log(record), folder.log(record)) if rank == 0 else None
-    began = time.perf_counter()
     if rank == 0:
         print(f"Flan-T5 {config.size} on {n} x {config.device}: {len(labeled)} labeled, {len(unlabeled)} unlabeled -> {out}\n"
               f"At a time: {tokens} tokens in training, {rationales} rationales in decoding")  # fmt: skip

@@ -652,20 +652,22 @@ def test_ids_and_marks_match_in_length_and_text(naive, tokenizer):
 
 
 def test_samples_vote_on_the_answer_question_by_question(monkeypatch, capsys):
-    """Self-consistency: the answer that most rationales reach, for each line of standard input by itself."""
+    """Self-consistency: the answer that most rationales reach, for each line of standard input by itself. What has no answer,
+    or was cut before it, does not vote: it must not be taken for one."""
 
     def answer(model, tokenizer, questions, n_samples, temperature):
-        assert (questions, n_samples, temperature) == (["one?", "one?", "two?"], 3, 0.7)
-        return [[Sample(f"so. #### {answer}", tokenizer.encode(f"so. #### {answer}")[:-1], [False] * 9) for answer in answers]
-                for answers in (("10", "7", "10"), ("", "", "3"), ("5", "5", "8"))]  # fmt: skip
+        assert (questions, n_samples, temperature) == (["one?", "one?", "two?", "three?"], 3, 0.7)
+        texts = ("#### 10", "#### 7", "#### 10"), ("#### ", "He has 3 and", "#### 3"), ("#### 5", "#### 5", "#### 8"), ("so", "so", "")
+        return [[Sample(text, tokenizer.encode(text)[:-1], [False] * 9) for text in row] for row in texts]
 
     monkeypatch.setattr(decode, "generate", answer)
     monkeypatch.setattr(sys, "argv", ["decode.py", "--samples", "3", "-"])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one?\none?\n\n two? \n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one?\none?\n\n two? \nthree?\n"))
     decode.main()
     lines = capsys.readouterr().out.splitlines()
     assert "  -> 10 (2 of 3 votes)" in lines and "  -> 5 (2 of 3 votes)" in lines
-    assert "  -> no answer (2 of 3 votes)" in lines  # the same question twice: each with its own samples
+    assert "  -> 3 (1 of 3 votes)" in lines  # the same question twice: each with its own samples
+    assert "  -> no answer (0 of 3 votes)" in lines
     assert lines.index("one?") < lines.index("  -> 10 (2 of 3 votes)") < lines.index("two?")
 
 

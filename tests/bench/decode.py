@@ -199,7 +199,8 @@ def measure_memory(folder: Path, vocabulary: Path, questions: list[str], batch: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer tokens, questions and repeats: about three minutes")
-    parser.add_argument("--cases", type=int, nargs="*", default=[1, 2, 3, 4, 5, 6, 8], help="default: all, 1 to 6 and 8")
+    cases = "1 greedy, 2 gold rationales, 3 five samples, 4 the calculator's cost, 5 waste, 6 base, 8 all questions, 9 one GPU"
+    parser.add_argument("--cases", type=int, nargs="*", choices=(1, 2, 3, 4, 5, 6, 8, 9), default=[1, 2, 3, 4, 5, 6, 8], help=cases)
     parser.add_argument("--vocabulary", type=Path, default=TINY, help="folder with spiece.model")
     parser.add_argument("--questions", type=Path, help="JSONL of problems with rationales; default: synthetic ones")
     parser.add_argument("--checkpoint", type=Path, help="for case 8: a checkpoint that writes rationales")
@@ -209,6 +210,8 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[32, 96, 256, 512], help="for case 9")
     parser.add_argument("--figure", type=Path, help="only draw speed over batch size into this file (matplotlib)")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here")
     torch.set_flush_denormal(True)
     quick, repeats = args.quick, args.repeats or (2 if args.quick else 5)
     tokens = 32 if quick else 128

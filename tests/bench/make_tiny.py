@@ -11,6 +11,7 @@ instruction tuning. What it cannot do afterwards is chain steps, the subject of 
 import io
 import random
 import string
+import sys
 from pathlib import Path
 
 import sentencepiece
@@ -85,6 +86,8 @@ def look_at_neighbours(model: T5) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(__doc__)
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # the order of sums, and so the last bits, would depend on the number of cores
     torch.set_flush_denormal(True)  # early in training many numbers are denormal, and those are slow

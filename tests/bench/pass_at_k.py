@@ -47,12 +47,19 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", help="names of test sets; default: all")
     parser.add_argument("--models", nargs="+", help="checkpoints in the folders; default: all")
     args = parser.parse_args()
+    if missing := [folder for folder in args.runs if not (folder / "config.json").exists()]:
+        parser.error(f"{missing[0]} is not the folder of a run")
+    if args.samples < 1 or args.problems < 1:
+        parser.error("--samples and --problems must be at least 1")
     torch.set_flush_denormal(True)
     rows: dict[tuple[str, str, bool], list[dict]] = {}
     for folder in args.runs:
         config = config_of(json.loads((folder / "config.json").read_text()))
         found = sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob("spiece.model"))
-        for test, problems in run.load_data(config)[2].items():
+        tests = run.load_data(config)[2]
+        if unknown := (set(args.models or ()) - set(found)) | (set(args.tests or ()) - set(tests)):
+            parser.error(f"{folder} has no {unknown.pop()}: its models are {', '.join(found)}, its tests {', '.join(tests)}")
+        for test, problems in tests.items():
             for name in args.models or found:
                 for calculator in (True, False) if test in (args.tests or [test]) else ():
                     drawn = draw(folder / name, problems[: args.problems], config, args.samples, calculator)

@@ -254,7 +254,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folders, kinds = [], defaultdict(list)
     for folder in args.runs:
-        if not (folder / "config.json").exists() or not RunFolder(folder).find("warm-up/evaluation.jsonl"):
+        if not (folder / "config.json").exists():
+            print(f"{folder}: there is no run, left out", file=sys.stderr)
+            continue
+        if not RunFolder(folder).find("warm-up/evaluation.jsonl"):
             print(f"{folder}: no evaluation yet, left out", file=sys.stderr)
             continue
         config = asdict(config_of(json.loads((folder / "config.json").read_text())))

@@ -28,7 +28,9 @@ def make_problem(rng: random.Random) -> Problem:
 
 
 def main() -> None:
-    folder, rng = Path(sys.argv[1]) if len(sys.argv) > 1 else sys.exit(__doc__), random.Random(0)
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    folder, rng = Path(sys.argv[1]), random.Random(0)
     problems = list({problem.question: problem for problem in (make_problem(rng) for _ in range(3000))}.values())
     for name, part in (("labeled", problems[:150]), ("unlabeled", problems[150:900]), ("test", problems[900:1900])):
         rows = map(asdict, part)

@@ -264,6 +264,8 @@ def main() -> None:
     parser.add_argument("--scale", action="store_true", help="only measure two processes against one")
     parser.add_argument("--scale-worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here")
     if args.scale_worker:
         return work_of_scale(args.vocabulary, args.problems)
     repeats = args.repeats or (2 if args.quick else 3)
