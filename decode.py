@@ -144,11 +144,11 @@ class KVCache:
 
     def relocate(self, select: Callable[[Tensor], Tensor], size: int) -> None:
         """Lay what `select` takes of each ring out as the beginning of a ring of another size, in the same memory."""
-        old = self.ring.flatten(0, 1)
-        B, H, kept, K = select(old[0]).shape
+        for memory, ring in zip(self.memory.flatten(0, 1), self.ring.flatten(0, 1)):
+            B, H, kept, K = (selected := select(ring)).shape
+            new = memory[: B * H * size * K].view(B, H, size, K)
+            new[:, :, :kept], new[:, :, kept:] = selected, 0
         self.ring = self.memory[..., : B * H * size * K].unflatten(-1, (B, H, size, K))
-        for before, after in zip(old, self.ring.flatten(0, 1)):  # one after the other: both are the same memory
-            after[:, :, :kept], after[:, :, kept:] = select(before), 0
 
     def advance(self) -> tuple[Tensor, Tensor]:
         """Begin a step. Return the bias for the ring (B, H, 1, size) and for the questions (B, 1, 1, width)."""
@@ -277,7 +277,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
     example = ["Tom has 12 boxes with 24 pens in each. How many pens does Tom have?"]
-    questions = [*filter(None, map(str.strip, sys.stdin))] if args.question == ["-"] else args.question or example
+    questions = [line.strip() for line in sys.stdin if line.strip()] if args.question == ["-"] else args.question or example
     marks = ("\033[7m", "\033[0m") if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("«", "»")
     for batch in [questions] if args.question else [questions, questions * 32]:
         began = time.perf_counter()
@@ -285,7 +285,7 @@ def main() -> None:
         speed = sum(len(sample.ids) for row in samples for sample in row) / (time.perf_counter() - began)
         for question, row in zip(questions, samples):
             print(question, *(f"  {mark_forced(tokenizer, sample, marks)}" for sample in row), sep="\n")
-            found = Counter(filter(None, ((sample.text.split("#### ")[1:] or [""])[-1] for sample in row)))
+            found = Counter(answer for _, mark, answer in (s.text.rpartition("#### ") for s in row) if mark and answer)
             (answer, votes), = found.most_common(1) or [("no answer", 0)]
             print(f"  -> {answer}" + f" ({votes} of {len(row)} votes)" * (len(row) > 1))
         print(f"batch of {len(batch) * n}: {speed:,.0f} tokens/s")

@@ -98,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     parser.add_argument("--method", choices=("dpo-st", "st", "both"), help="default: both for tiny, else dpo-st")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/SIZE-seed-SEED")
     parser.add_argument("--report", nargs="+", metavar="DIR", help="only show the tables and figures of these runs' folders")
-    devices = ("cuda", "cpu")[not torch.cuda.is_available() :]
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     parser.add_argument("--device", choices=devices, default=devices[0], help="default here: %(default)s")
     parser.add_argument("--no-calculator", dest="calculator", action="store_false", help="when sampling")
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(o.metadata["group"] for o in OPTIONS)}

@@ -1,5 +1,6 @@
 """Shared by all tests: the repository on the path, one quiet thread pool, and the places of real data where they exist."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,11 @@ sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"  # real GSM8K text, the real vocabulary, a small checkpoint: only where provided
 
 torch.set_flush_denormal(True)
+
+
+def hear_ctrl_c() -> None:
+    """For subprocess's preexec_fn: a shell's background jobs are deaf to Ctrl-C, and so would be what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -25,7 +25,7 @@ import decode
 import run
 import selftrain
 import sft
-from conftest import ROOT
+from conftest import ROOT, hear_ctrl_c
 from data.problems import Problem, read_jsonl, write_jsonl
 from model import SIZES, T5, save_flan_t5
 
@@ -151,7 +151,7 @@ def test_who_is_asked_to_stop_says_how_to_go_on(tmp_path, stop):
     out = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are deaf to it
+        preexec_fn=hear_ctrl_c,
     )  # fmt: skip
     while process.poll() is None and not (out / "sha256sums.txt").exists() or ".step-" not in (out / "sha256sums.txt").read_text():
         time.sleep(0.02)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import hear_ctrl_c
 from data import sources
 from data.problems import load_problems
 from data.sources import DownloadError, fetch_datasets, fetch_flan_t5
@@ -263,7 +264,7 @@ def test_a_killed_download_leaves_nothing_under_its_name(hosts, tmp_path, stop):
     program = ("from data import sources; sources.SHA256.clear(); sources.find_spec = lambda name: None; print(sources.fetch_flan_t5('base'))")
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are deaf to it
+        preexec_fn=hear_ctrl_c,
     )  # fmt: skip
     deadline = time.time() + 30
     while not list(tmp_path.rglob("pytorch_model.bin.*.partial")) and time.time() < deadline and process.poll() is None:

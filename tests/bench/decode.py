@@ -199,7 +199,7 @@ def measure_memory(folder: Path, vocabulary: Path, questions: list[str], batch: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer tokens, questions and repeats: about three minutes")
-    cases = "1 greedy, 2 gold rationales, 3 five samples, 4 the calculator's cost, 5 waste, 6 base, 8 all questions, 9 one GPU"
+    cases = "1 greedy, 2 gold rationales, 3 five samples, 4 the calculator's cost, 5 waste, 6 base, 8 all questions, 9 one GPU, alone"
     parser.add_argument("--cases", type=int, nargs="*", choices=(1, 2, 3, 4, 5, 6, 8, 9), default=[1, 2, 3, 4, 5, 6, 8], help=cases)
     parser.add_argument("--vocabulary", type=Path, default=TINY, help="folder with spiece.model")
     parser.add_argument("--questions", type=Path, help="JSONL of problems with rationales; default: synthetic ones")
@@ -213,6 +213,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
     torch.set_flush_denormal(True)
+    one_gpu = args.device == "cuda" or 9 in args.cases
     quick, repeats = args.quick, args.repeats or (2 if args.quick else 5)
     tokens = 32 if quick else 128
     tokenizer = Tokenizer(args.vocabulary)
@@ -221,10 +222,10 @@ def main() -> None:
     versions = [f"{name} {module.__version__ if module else 'not installed: left out'}"
                 for name, module in (("transformers", transformers), ("ctranslate2", ctranslate2))]  # fmt: skip
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
-          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {', '.join(versions)}, {'bf16' if args.device == 'cuda' or args.cases == [9] else 'fp32'}, {repeats} turns")  # fmt: skip
+          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {', '.join(versions)}, {'bf16' if one_gpu else 'fp32'}, {repeats} turns")  # fmt: skip
     if transformers:
         transformers.logging.set_verbosity_error()
-    if args.device == "cuda" or args.cases == [9]:
+    if one_gpu:
         return gpu_table(args, tokenizer, questions[: 64 if quick else 1319], 32 if quick else 110, repeats)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         small = build("small", Path(scratch) / "small")

@@ -7,6 +7,7 @@ top-k. One table a test set; runs that differ in the seed are merged, of a singl
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 import run
 from decode import generate
-from model import load_flan_t5
+from model import T5, load_flan_t5
 from selftrain import is_correct, pass_at_k
 from tests.bench.report import about_samples, config_of, spread
 from tokenizer import Tokenizer
@@ -27,13 +28,11 @@ def bootstrap(values: list[float], n: int = 2000) -> tuple[float, float]:
     return tuple(np.percentile(means, (2.5, 97.5)).tolist())
 
 
-def draw(checkpoint: Path, problems: list, config: run.Config, n_samples: int, calculator: bool) -> list[dict]:
+def draw(model: T5, tokenizer: Tokenizer, problems: list, config: run.Config, n_samples: int, calculator: bool, title: str) -> list[dict]:
     """n_samples rationales for each problem, in the rows that a run would keep."""
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)  # as in a run
-    model, tokenizer = load_flan_t5(checkpoint, dtype, device), Tokenizer(checkpoint)
     written = generate(
         model, tokenizer, [problem.question for problem in problems], n_samples, config.temperature, config.top_k, config.max_new_tokens,
-        calculator, f"pass@k/{config.seed}", config.decode_batch_size or 96, progress=str(checkpoint),
+        calculator, f"pass@k/{config.seed}", config.decode_batch_size or 96, progress=title,
     )  # fmt: skip
     return [{"answer": problem.answer, "rationales": [s.text for s in row], "finished": [s.finished for s in row]}
             for problem, row in zip(problems, written)]  # fmt: skip
@@ -59,17 +58,19 @@ def main() -> None:
         tests = run.load_data(config)[2]
         if unknown := (set(args.models or ()) - set(found)) | (set(args.tests or ()) - set(tests)):
             parser.error(f"{folder} has no {unknown.pop()}: its models are {', '.join(found)}, its tests {', '.join(tests)}")
-        for test, problems in tests.items():
-            for name in args.models or found:
-                for calculator in (True, False) if test in (args.tests or [test]) else ():
-                    drawn = draw(folder / name, problems[: args.problems], config, args.samples, calculator)
-                    rows.setdefault((test, name, calculator), []).append(drawn)
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)  # as in a run
+        for name in args.models or found:
+            model, tokenizer = load_flan_t5(folder / name, dtype, device), Tokenizer(folder / name)
+            for test, calculator in itertools.product(args.tests or tests, (True, False)):
+                problems = tests[test][: args.problems]
+                drawn = draw(model, tokenizer, problems, config, args.samples, calculator, f"{folder / name} {test}")
+                rows.setdefault((test, name, calculator), []).append(drawn)
     for test in dict.fromkeys(key[0] for key in rows):
         lines = []
         for (of, name, calculator), runs in rows.items():
             if of == test:
                 n = len(runs[0])
-                about = [about_samples(drawn, Tokenizer(args.runs[0] / name), args.samples) for drawn in runs]
+                about = [about_samples(drawn, tokenizer, args.samples) for drawn in runs]
                 cells = {key: spread([numbers[key] for numbers in about]) for key in about[0]}
                 for k in {1, args.samples} if len(runs) == 1 else ():
                     right = [sum(is_correct(text, row["answer"]) for text in row["rationales"]) for row in runs[0]]
