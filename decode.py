@@ -8,7 +8,6 @@ digits and `]` are forced into that row. Left out: beam search, answer parsing, 
 import argparse
 import hashlib
 import itertools
-import math
 import os
 import re
 import sys
@@ -173,7 +172,7 @@ def free_memory(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     meminfo = Path("/proc/meminfo")  # Linux
     found = re.search(r"MemAvailable: *(\d+)", meminfo.read_text()) if meminfo.exists() else None
-    return 1024 * int(found[1]) if found else math.inf
+    return 1024 * int(found[1]) if found else float("inf")
 
 def record(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """`model.step` on a GPU as a CUDA graph: its several hundred kernels are recorded once, and from then on launched as one.
@@ -190,9 +189,9 @@ def record(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:
 
 @torch.inference_mode()
 def generate(
-    model: T5, tokenizer: Tokenizer, questions: list[str], n_samples: int = 1, temperature: float = 0.0,
-    top_k: int = TOP_K, max_new_tokens: int = MAX_NEW_TOKENS, calculator: bool = True, seed: int | str = 0, batch_size: int = 32,
-    graph: bool | None = None, progress: str | None = None, process: Callable | None = None, on_finish: Callable | None = None,
+    model: T5, tokenizer: Tokenizer, questions: list[str], n_samples: int = 1, temperature: float = 0.0, top_k: int = TOP_K,
+    max_new_tokens: int = MAX_NEW_TOKENS, calculator: bool = True, seed: int | str = 0, batch_size: int = 32,
+    graph: bool | None = None, progress: str | None = None, process: Callable | None = None, on_finish: Callable = lambda *_: None,
 ) -> list[list[Sample]]:  # fmt: skip
     """Write n_samples rationales for each question; result[i][k] is sample k of questions[i].
     A sampled rationale depends on weights, question, seed and sample number alone. batch_size: rationales written at a time.
@@ -253,8 +252,7 @@ def generate(
                 if row.sample.finished or len(row.sample.ids) == max_new_tokens:
                     row.sample.text = tokenizer.decode(row.sample.ids)
                     results[row.question][row.number], rows[slot] = row.sample, None
-                    if on_finish:
-                        on_finish(row.question, row.number, row.sample)
+                    on_finish(row.question, row.number, row.sample)
                     bar.update()
             written += len(live)
             bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
@@ -273,9 +271,10 @@ def main() -> None:
     parser.add_argument("question", nargs="*", help="answer these, or - for one a line from standard input; none: measure batching")
     parser.add_argument("--checkpoint", default=Path(__file__).parent / "data" / "tiny", help="a checkpoint folder")
     parser.add_argument("--samples", type=int, default=1, help="draw so many at temperature 0.7, and let them vote on the answer")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16: pays on a CPU with AVX-512 BF16 or AMX")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
+    model, tokenizer = load_flan_t5(args.checkpoint, torch.bfloat16 if args.bf16 else torch.float32), Tokenizer(args.checkpoint)
     example = ["Tom has 12 boxes with 24 pens in each. How many pens does Tom have?"]
     questions = [line.strip() for line in sys.stdin if line.strip()] if args.question == ["-"] else args.question or example
     marks = ("\033[7m", "\033[0m") if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("«", "»")

@@ -73,11 +73,12 @@ def pair_loss(model: T5, pairs: Sequence[PairExample], beta: float) -> dict[str,
     return {name: value.sum() for name, value in {"loss": losses, **rewards}.items()}
 
 @torch.no_grad()
-def add_reference_logps(reference: T5, pairs: Sequence[PairExample], max_tokens: int) -> list[PairExample]:
+def add_reference_logps(reference: T5, pairs: Sequence[PairExample], schedule: Schedule) -> list[PairExample]:
     """Score every pair with the reference once, before training, dropout off: no second model is held afterwards."""
-    logps_of = Loss(reference.eval(), lambda model, pairs: torch.stack(sequence_logps(model, pairs), -1).tolist())
+    score_pairs = lambda model, pairs: torch.stack(sequence_logps(model, pairs), -1).tolist()
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]), reverse=True)  # that of micro_batches
-    logps = itertools.chain(*deal(micro_batches([pairs[i] for i in order], max_tokens), logps_of, "reference"))
+    pieces = micro_batches([pairs[i] for i in order], schedule.micro_batch_tokens)
+    logps = itertools.chain(*deal(pieces, Loss(reference.eval(), score_pairs, schedule.bf16), "reference"))
     scored = dict(zip(order, logps))
     return [replace(pair, reference_logps=tuple(scored[i])) for i, pair in enumerate(pairs)]
 
@@ -96,9 +97,8 @@ def train_dpo(
     """Train the policy for n_steps optimiser steps; it is its own reference at the start. options: see `train`.
     Dropout stays off, so that policy and reference agree (in bf16 to rounding) and the first loss is log 2.
     DIFFERS: rewards are also measured on held_out pairs; the authors' code scores pairs it trains on."""
-    budget = schedule.micro_batch_tokens
-    pairs, held_out = add_reference_logps(policy, pairs, budget), add_reference_logps(policy, held_out, budget)
-    watch = lambda loss: {f"held_out_{key}": value for key, value in score(loss, held_out, budget).items()}
+    pairs, held_out = add_reference_logps(policy, pairs, schedule), add_reference_logps(policy, held_out, schedule)
+    watch = lambda loss: {f"held_out_{k}": v for k, v in score(loss, held_out, schedule.micro_batch_tokens).items()}
     loss_of = partial(pair_loss, beta=beta)
     return train(policy, pairs, n_steps, loss_of, lambda pair: 1, schedule, name, dropout=False, watch=watch, **options)
 

@@ -77,15 +77,16 @@ class Linear(nn.Linear):
 
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
-    """Within this context dropout is off, and on a CPU fp32 products of few rows take half the time. Do not train in it.
+    """Within this context dropout is off, and on a CPU products of few rows take half the time. Do not train in it.
     F.linear rearranges a matrix at every call, which for 1 to 100 rows costs as much as the product. A second copy in oneDNN's
-    layout saves that, by an operator of torch.compile's that has no public name: where it is missing, nothing is packed."""
+    layout saves that, by operators of torch.compile's that have no public name: where they are missing, nothing is packed."""
     usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    dtypes = [torch.float32] + [torch.bfloat16] * (usable and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     layers, was_training = [layer for layer in model.modules() if usable and isinstance(layer, Linear)], model.training
     try:
         model.eval()
         for layer in layers:  # the operator's own overhead does not pay for a small matrix
-            if layer.weight.is_cpu and layer.weight.dtype == torch.float32 and layer.weight.numel() >= PACK_FROM:
+            if layer.weight.is_cpu and layer.weight.dtype in dtypes and layer.weight.numel() >= PACK_FROM:
                 layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
         yield
     finally:

@@ -88,8 +88,7 @@ def make_pseudo_labels(
     The number kept per question is capped at a percentile of that number over the questions that have any.
     Source: section 3.1; thresholds from the authors' code, make_rft_data.py."""
     correct = [split_samples(rationales, p.answer)[0] for p, rationales in zip(problems, samples, strict=True)]
-    labels = [filter(None, [p.rationale, *rationales]) for p, rationales in zip(problems, correct)]
-    kept = [deduplicate(rationales, tokenizer, max_similarity) for rationales in labels]
+    kept = [deduplicate(filter(None, [p.rationale, *right]), tokenizer, max_similarity) for p, right in zip(problems, correct)]
     counts = [len(rationales) for rationales in kept if rationales]
     most = int(np.percentile(counts, percentile)) if counts else 0
     return [replace(p, rationale=rationale) for p, rationales in zip(problems, kept) for rationale in rationales[:most]]
@@ -177,7 +176,7 @@ class Stages:
         """A row of rationales for each problem. A piece of work: what its rows begin with, its problems, options of `generate`.
         The pieces, so the batches, so every byte, are the same on any number of processes and after any stop."""
         c = self.config
-        load = cache(lambda: load_flan_t5(model, torch.bfloat16 if c.device == "cuda" else torch.float32, c.device))
+        load = cache(lambda: load_flan_t5(model, torch.bfloat16 if c.bf16 else torch.float32, c.device))
 
         def do(piece: tuple[int, tuple]) -> list[dict]:
             number, (begin, problems, options) = piece

@@ -46,6 +46,7 @@ class Schedule:
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = 2048  # our choice: padded tokens per forward pass; only dropout's draw and rounding depend on it
     gradient_checkpointing: bool = False  # our choice: compute activations twice rather than keep them
+    bf16: bool = False  # our choice: compute in bf16, but keep the weights in fp32
     shard: bool = False  # our choice: each of several processes keeps only its share of the weights and moments
     log_every: int = 10  # optimiser steps between two lines
     seed: int = 42  # authors' code
@@ -119,7 +120,7 @@ def train(
         raise ValueError(f"{name}: there is nothing to train on")
     model.train(dropout)
     model.gradient_checkpointing = schedule.gradient_checkpointing
-    (rank, n), (loss, apart) = place(), spread(Loss(model, loss_of), schedule.shard)
+    (rank, n), (loss, apart) = place(), spread(Loss(model, loss_of, schedule.bf16), schedule.shard)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=schedule.weight_decay, fused=True)
     first = progress.restore(model, optimizer) if progress else 0
     batches = itertools.islice(epochs(len(items), schedule.batch_size, schedule.seed), first, n_steps)
@@ -189,13 +190,13 @@ def alone(do: Callable[[], object]) -> None:
     deal([0], lambda _: do())
 
 class Loss(nn.Module):
-    """loss_of(model, items), on a GPU in bf16 over fp32 weights. A module, for there data parallelism can hook in."""
-    def __init__(self, model: T5, loss_of: Callable):
+    """loss_of(model, items), if bf16 then in that over fp32 weights. A module, for there data parallelism can hook in."""
+    def __init__(self, model: T5, loss_of: Callable, bf16: bool):
         super().__init__()
-        self.model, self.loss_of = model, loss_of
+        self.model, self.loss_of, self.bf16 = model, loss_of, bf16
 
     def forward(self, items: list):
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.device.type == "cuda"):
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             return self.loss_of(self.model, items)
 
 def spread(loss: Loss, shard: bool) -> tuple[nn.Module, Callable]:

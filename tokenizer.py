@@ -50,8 +50,7 @@ def pad_batch(rows: list[list[int]], padding: int = PAD_ID) -> tuple[Tensor, Ten
     """Stack rows of ids to the right-padded (B, longest) int64, with a mask of the same shape: 1 on real ids."""
     longest = max(len(row) for row in rows)
     ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return ids, mask
+    return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
 
 # Signs that T5's vocabulary lacks.  DIFFERS: the authors let them become <unk>; here the arithmetic stays readable.
 KNOWN_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "½": "1/2", "¼": "1/4", "¾": "3/4", "`": "'"})

@@ -23,6 +23,7 @@ from tokenizer import EOS_ID
 CONFIG = T5Config(d_model=32, d_ff=48, n_heads=2, n_layers=2, d_kv=16, vocab_size=48)
 NUMBERS = {"loss", "chosen_rewards", "rejected_rewards", "reward_margin", "reward_accuracy"}
 BETA = 0.1
+WHOLE = Schedule(1e-3, micro_batch_tokens=10**6)  # every batch in one piece
 
 
 def random_model(seed: int = 0, **changes) -> T5:
@@ -161,7 +162,7 @@ def test_huge_margins_give_finite_losses_and_gradients(dtype):
 def test_parameter_gradients_equal_the_equation_in_float64():
     """The whole way from weights to loss, one rationale at a time in float64, against the batch in float32."""
     policy, reference, pairs = random_model(1), random_model(2), random_pairs()
-    terms = pair_loss(policy, add_reference_logps(reference, pairs, 10**6), BETA)
+    terms = pair_loss(policy, add_reference_logps(reference, pairs, WHOLE), BETA)
     terms["loss"].backward()
     exact = copy.deepcopy(policy).double()
     exact.zero_grad()
@@ -181,7 +182,7 @@ def test_parameter_gradients_equal_the_equation_in_float64():
 def test_the_gradient_raises_chosen_and_lowers_rejected():
     """A sign error trains the opposite of the paper, and at the start, where both losses are log 2, looks the same."""
     policy = random_model()
-    pairs = add_reference_logps(policy, random_pairs(), 10**6)
+    pairs = add_reference_logps(policy, random_pairs(), WHOLE)
     before = sequence_logps(policy, pairs)
     pair_loss(policy, pairs, BETA)["loss"].backward()
     with torch.no_grad():
@@ -199,7 +200,7 @@ def test_references_come_back_in_the_order_of_the_pairs():
     model, pairs = random_model(), random_pairs()
     pairs = [*pairs, pairs[2], copy.deepcopy(pairs[0])]  # the same pair twice, as one object and as two
     for budget in (1, 60, 10**6):
-        scored = add_reference_logps(model, pairs, budget)
+        scored = add_reference_logps(model, pairs, Schedule(1e-3, micro_batch_tokens=budget))
         assert [(p.input_ids, p.chosen, p.rejected) for p in scored] == [(p.input_ids, p.chosen, p.rejected) for p in pairs]
         chosen, rejected = logps(model, pairs)
         assert [p.reference_logps[0] for p in scored] == pytest.approx(chosen.tolist(), abs=1e-4)
@@ -210,8 +211,8 @@ def test_scoring_with_the_reference_is_without_dropout_and_leaves_it_alone():
     """The policy arrives from SFT; a reference scored with dropout would be noise in every reward of the training."""
     model, pairs = random_model(dropout=0.5), random_pairs()
     before = weights(model)
-    quiet = add_reference_logps(model, pairs, 10**6)
-    assert add_reference_logps(model.train(), pairs, 10**6) == quiet
+    quiet = add_reference_logps(model, pairs, WHOLE)
+    assert add_reference_logps(model.train(), pairs, WHOLE) == quiet
     assert same_bytes(weights(model), before) and all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -235,6 +236,17 @@ def test_the_reference_stays_where_training_began():
 
 
 # ------------------------------------------------------------------------------------------------------ the training
+
+
+def test_the_first_loss_is_log_two_in_bf16():
+    """A reference scored in fp32 would differ from its own policy by bf16's rounding, and the policy be paid for that."""
+    logs = []
+    for bf16 in (False, True):
+        train(random_model(), random_pairs(), random_pairs(1), log=logs.append, learning_rate=1e-12, bf16=bf16)
+    assert [record["loss"] for record in logs] == pytest.approx([math.log(2)] * 2, abs=2e-3)
+    precise, rounded = ([pair.reference_logps for pair in add_reference_logps(random_model(), random_pairs(), schedule)]
+                        for schedule in (WHOLE, replace(WHOLE, bf16=True)))  # fmt: skip
+    assert precise != rounded and torch.tensor(precise).allclose(torch.tensor(rounded), rtol=0.02)
 
 
 def test_the_first_loss_is_log_two():
@@ -269,11 +281,11 @@ def test_every_line_says_how_it_stands_on_training_and_on_held_out_pairs():
         assert NUMBERS | {"held_out_" + key for key in NUMBERS} <= set(log)
         assert log["reward_margin"] == pytest.approx(log["chosen_rewards"] - log["rejected_rewards"], abs=1e-5)
         assert log["reward_accuracy"] * 7 == pytest.approx(round(log["reward_accuracy"] * 7))
-    references = add_reference_logps(random_model(), held_out, 10**6)
+    references = add_reference_logps(random_model(), held_out, WHOLE)
     expected = pair_loss(policy, references, BETA)
     for key in NUMBERS:
         assert logs[-1]["held_out_" + key] == pytest.approx(expected[key].item() / len(held_out), abs=1e-5)
-        assert score(Loss(policy, partial(pair_loss, beta=BETA)), references, 40)[key] == pytest.approx(expected[key].item() / len(held_out), abs=1e-5)
+        assert score(Loss(policy, partial(pair_loss, beta=BETA), False), references, 40)[key] == pytest.approx(expected[key].item() / len(held_out), abs=1e-5)
     train(random_model(), pairs, log=logs.append)
     assert NUMBERS <= set(logs[-1]) and not any(key.startswith("held_out") for key in logs[-1])
 
@@ -300,7 +312,7 @@ def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
         first_gradients.append(gradients[0])
         second_losses.append(logs[1]["loss"])  # by then the policy has left its reference, and pairs differ in loss
     model = random_model()
-    (pair_loss(model, add_reference_logps(model, pairs, 10**6), BETA)["loss"] / len(pairs)).backward()
+    (pair_loss(model, add_reference_logps(model, pairs, WHOLE), BETA)["loss"] / len(pairs)).backward()
     for gradients in first_gradients:
         for gradient, parameter in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-3)

@@ -191,7 +191,7 @@ def test_gpu_losses_are_those_of_the_cpu(on_gpu):
     pairs = [PairExample((5, 6, 7, 1), [8, 9, 10, 1], [11, 12, 1], (-9.0, -8.0)), PairExample((5, 1), [8, 1], [9, 9, 9, 1], (-5.0, -9.0))]
     examples = [Example(list(pair.input_ids), pair.chosen) for pair in pairs]
     for loss, items in ((sft_loss, examples), (partial(pair_loss, beta=0.1), pairs)):
-        there = Loss(on_gpu, loss)(items)["loss"].item()
+        there = Loss(on_gpu, loss, bf16=True)(items)["loss"].item()
         assert there == pytest.approx(loss(copy.deepcopy(on_gpu).cpu(), items)["loss"].item(), rel=0.02)
 
 

@@ -260,8 +260,23 @@ def test_packed_products_equal_plain_ones_and_end_with_their_context(model, monk
         assert layer.packed is None and model.training
     finally:
         model.eval()
-    with model_file.decoding(copy.deepcopy(model).bfloat16()) as nothing:
-        assert nothing is None  # bf16 is left alone: no error, no copy
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_packed_only_where_the_processor_can(model, monkeypatch, supported):
+    """oneDNN refuses bf16 on a CPU with AVX2 only: there the plain product must answer, not an error."""
+    able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if supported and not able:
+        pytest.skip("this CPU has no products in bf16")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(model_file, "PACK_FROM", 0)
+    half = copy.deepcopy(model).bfloat16()
+    layer, x = half.decoder.blocks[0].feed_forward.up, torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plain = layer(x).detach()
+    with model_file.decoding(half), torch.no_grad():
+        assert (layer.packed is not None) == supported and layer(x).dtype == torch.bfloat16
+        assert distance_between(layer(x), plain) < 0.02
+    assert layer.packed is None
 
 
 @torch.no_grad()

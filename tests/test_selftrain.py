@@ -650,6 +650,8 @@ def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkey
     other_seed = Shelf(base, tmp_path / "other", replace(CONFIG, seed=43))
     other_seed.stages.sample("a", base, SUMS, 4)
     assert calls[2].seed != calls[0].seed
+    Shelf(base, tmp_path / "bf16", replace(CONFIG, bf16=True)).stages.sample("a", base, SUMS, 4)
+    assert [call.model.shared.weight.dtype for call in calls[2:]] == [torch.float32, torch.bfloat16]
     calls.clear()
     shelf.stages.evaluate("evaluation", base, {"one": SUMS[:3], "two": SUMS})
     assert [(len(call.questions), call.calculator) for call in calls] == [(3, True), (10, True), (3, False)]

@@ -450,6 +450,17 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+def test_bf16_is_for_computing_only():
+    """Steps of 3e-4 vanish in weights of three digits: weights and moments stay in fp32, the losses move by the rounding."""
+    losses = {}
+    for bf16 in (False, True):
+        logs = []
+        model = train(random_model(), random_examples(), 3, log=logs.append, log_every=1, bf16=bf16)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        losses[bf16] = [record["loss"] for record in logs]
+    assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
 def test_the_vocabulary_meets_a_few_tokens_at_a_time(monkeypatch):
     """Logits of 32,128 ids are the memory hog: (B, T, V) in fp32 for a batch of GSM8K is 2 GB. No product with the head is
     larger than HEAD_TOKENS rows, and in how many parts it is done changes nothing."""

@@ -1,6 +1,7 @@
 """Decoding speed against transformers' `generate` and CTranslate2: same questions, weights, threads; turns taken.
 
     python -m tests.bench.decode [--quick] [--cases 1 2 ...] [--vocabulary DIR] [--questions FILE] [--checkpoint DIR]
+    python -m tests.bench.decode --cases 7 ...      # in bf16 on a CPU, where that has instructions for it
     python -m tests.bench.decode --device cuda [--sizes base large] [--batches 32 96 256 512] ...      # case 9, in bf16
 
 Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model, GSM8K's test.jsonl,
@@ -10,6 +11,7 @@ is left out, and said so.
 """
 
 import argparse
+import itertools
 import os
 import platform
 import re
@@ -101,13 +103,14 @@ def take_turns(systems: dict[str, Callable], repeats: int) -> dict[str, list[flo
     return seconds
 
 
-def show(label: str, tokens: int, seconds: dict[str, list[float]], floor: float | None = None) -> None:
+def show(label: str, tokens: int, seconds: dict[str, list[float]], floor: float | None = None, peers: tuple = PEERS) -> None:
     """Print one row of the table: our speed, how many times faster that is than each peer, and the floor's share."""
     cells = [label, f"{tokens / statistics.median(seconds['ours']):,.0f}"]
-    for peer in PEERS:
+    for peer in peers:
         ratios = [theirs / own for own, theirs in zip(seconds["ours"], seconds.get(peer, []))]
         cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
-    cells.append(f"{100 * floor / statistics.median(seconds['ours']):.0f} %" if floor else "")
+    if peers is PEERS:
+        cells.append(f"{100 * floor / statistics.median(seconds['ours']):.0f} %" if floor else "")
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -199,14 +202,14 @@ def measure_memory(folder: Path, vocabulary: Path, questions: list[str], batch: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer tokens, questions and repeats: about three minutes")
-    cases = "1 greedy, 2 gold rationales, 3 five samples, 4 the calculator's cost, 5 waste, 6 base, 8 all questions, 9 one GPU, alone"
-    parser.add_argument("--cases", type=int, nargs="*", choices=(1, 2, 3, 4, 5, 6, 8, 9), default=[1, 2, 3, 4, 5, 6, 8], help=cases)
+    cases = "1 greedy, 2 gold rationales, 3 five samples, 4 the calculator's cost, 5 waste, 6 base, 7 bf16, 8 all questions, 9 one GPU, alone"
+    parser.add_argument("--cases", type=int, nargs="*", choices=range(1, 10), default=[1, 2, 3, 4, 5, 6, 8], help=cases)
     parser.add_argument("--vocabulary", type=Path, default=TINY, help="folder with spiece.model")
     parser.add_argument("--questions", type=Path, help="JSONL of problems with rationales; default: synthetic ones")
     parser.add_argument("--checkpoint", type=Path, help="for case 8: a checkpoint that writes rationales")
     parser.add_argument("--repeats", type=int, help="default 5, or 2 with --quick")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: case 9 only, in bf16")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base", "large"], help="for case 9")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="for case 9: base large, for case 7: small base")
     parser.add_argument("--batches", nargs="+", type=int, default=[32, 96, 256, 512], help="for case 9")
     parser.add_argument("--figure", type=Path, help="only draw speed over batch size into this file (matplotlib)")
     args = parser.parse_args()
@@ -233,8 +236,9 @@ def main() -> None:
         print(f"ceilings measured here: {bench.floor.flops / 1e9:.0f} GFLOP/s, {bench.floor.bandwidth / 1e9:.0f} GB/s\n")
         if args.figure:
             return bench.figure(*gold(problems, tokenizer, 64), args.figure)
-        print(f"| case | tokens/s | {' | '.join(f'times as fast as {peer}' for peer in PEERS)} | share of the floor |")
-        print("|---|---|---|---|---|")
+        if set(args.cases) - {7}:
+            print(f"| case | tokens/s | {' | '.join(f'times as fast as {peer}' for peer in PEERS)} | share of the floor |")
+            print("|---|---|---|---|---|")
         for case in args.cases:
             if case == 1:
                 folders = (Path(scratch) / "small", args.vocabulary) if ctranslate2 and transformers else None
@@ -251,6 +255,8 @@ def main() -> None:
             elif case == 6 and not quick:
                 base = build("base", Path(scratch) / "base")
                 Bench(base, load_peer(Path(scratch) / "base"), tokenizer, repeats).forced("6  base, greedy, batch 16", questions[:16], 16, tokens)
+            elif case == 7 and not quick:
+                bf16_table(args, tokenizer, questions, gold(problems, tokenizer, 64), tokens, repeats)
             elif case == 8 and args.checkpoint:
                 model, tokenizer_8 = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
                 last = Bench(model, load_peer(args.checkpoint), tokenizer_8, 1)
@@ -267,7 +273,7 @@ def gpu_table(args: argparse.Namespace, tokenizer: Tokenizer, questions: list[st
     print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, bf16, {len(questions)} questions, {tokens} tokens each\n\n"
           "| size, batch | tokens/s | ms a step | times the floor | time with / without calculator | "
           "times as fast as transformers re-reading its texts | without calculators |\n|---|---|---|---|---|---|---|")  # fmt: skip
-    for size in args.sizes:
+    for size in args.sizes or ("base", "large"):
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             model = build(size, Path(folder), torch.bfloat16, args.device)
             bench = Bench(model, load_peer(Path(folder), torch.bfloat16, args.device), tokenizer, repeats)
@@ -287,16 +293,63 @@ def gpu_table(args: argparse.Namespace, tokenizer: Tokenizer, questions: list[st
                 print(f"| {size}, {batch} | {tokens * len(questions) / seconds[True]:,.0f} | {1000 * seconds[True] / steps:.2f} | "
                       f"{seconds[True] / floor:.1f} | {seconds[True] / seconds[False]:.3f} | {' | '.join(ratios)} |", flush=True)  # fmt: skip
     if args.checkpoint:
-        texts = {}
-        for dtype, batch in ((torch.float32, 96), (torch.bfloat16, 96), (torch.bfloat16, 32)):
-            model = load_flan_t5(args.checkpoint, dtype, args.device)
-            for graph in (True, False)[not cuda :]:
-                rows = generate(model, Tokenizer(args.checkpoint), questions, batch_size=batch, graph=graph)
-                texts[dtype, batch, graph] = [row[0].text for row in rows]
-        same = lambda a, b: f"{100 * statistics.mean(x == y for x, y in zip(texts[a], texts[b])):.1f} %"
-        fp32, bf16, small = ((torch.float32, 96), (torch.bfloat16, 96), (torch.bfloat16, 32))
-        print(f"\nEqual texts: bf16 and fp32 {same((*bf16, cuda), (*fp32, cuda))}, bf16 at batch 96 and 32 {same((*bf16, cuda), (*small, cuda))}"
-              + (f", recorded and eager {same((*fp32, True), (*fp32, False))} in fp32" if cuda else ""))  # fmt: skip
+        agreement(args.checkpoint, args.device, questions)
+
+
+def agreement(checkpoint: Path, device: str, questions: list[str]) -> None:
+    """How alike the greedy ids are in bf16 and fp32, in batches of 96 and 32, and on a GPU recorded and eager."""
+    written, cuda = {}, device == "cuda"
+    for dtype, batch in ((torch.float32, 96), (torch.bfloat16, 96), (torch.bfloat16, 32)):
+        model = load_flan_t5(checkpoint, dtype, device)
+        for graph in (True, False)[not cuda :]:
+            rows = generate(model, Tokenizer(checkpoint), questions, batch_size=batch, graph=graph)
+            written[dtype, batch, graph] = [[*row[0].ids, EOS_ID] for row in rows]
+
+    def alike(a: tuple, b: tuple) -> str:
+        pairs = list(zip(written[a], written[b], strict=True))
+        before = sum(len(list(itertools.takewhile(lambda ids: ids[0] == ids[1], zip(x, y)))) for x, y in pairs)
+        return f"{100 * statistics.mean(x == y for x, y in pairs):.1f} % of texts, {100 * before / sum(len(x) for x, _ in pairs):.1f} % of ids"
+
+    fp32, bf16, small = ((torch.float32, 96, cuda), (torch.bfloat16, 96, cuda), (torch.bfloat16, 32, cuda))
+    print(f"\nEqual up to the first other id: bf16 and fp32 {alike(fp32, bf16)}; bf16 at batch 96 and 32 {alike(bf16, small)}"
+          + (f"; recorded and eager in fp32 {alike(fp32, (*fp32[:2], False))}" if cuda else ""))  # fmt: skip
+
+
+def bf16_table(args: argparse.Namespace, tokenizer: Tokenizer, questions: list[str], golden: tuple, tokens: int, repeats: int) -> None:
+    """Case 7: in bf16 on a CPU, against our own fp32 and against transformers in both."""
+    peers = ("ours in fp32", "transformers in fp32", "transformers in bf16")
+    print(f"\n| in bf16 | tokens/s | {' | '.join(f'times as fast as {peer}' for peer in peers)} |\n|---|---|---|---|---|")
+    for size in args.sizes or ("small", "base"):
+        with tempfile.TemporaryDirectory() as folder:
+            both = []
+            for dtype in (torch.float32, torch.bfloat16):
+                both.append(Bench(build(size, Path(folder), dtype), load_peer(Path(folder), dtype), tokenizer, repeats))
+            greedy, (asked, scripts) = dict(max_new_tokens=tokens, do_sample=False), golden
+            drawn = dict(max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=50, num_return_sequences=5)
+            script = lambda at: [Script(scripts[at : at + 32]), ReReadingCalculator(tokenizer)]
+            batch = 32 if size == "small" else 16
+            jobs = [
+                (f"{size}, batch {batch}, {tokens} tokens each, calculator off", batch * tokens,
+                 lambda bench: bench.ours(questions[:batch], batch, max_new_tokens=tokens, calculator=False),
+                 lambda bench: bench.theirs(questions[:batch], batch, **greedy)),
+                (f"{size}, batch 1, {tokens} tokens, calculator off", 2 * tokens,
+                 lambda bench: bench.ours(questions[:2], 1, max_new_tokens=tokens, calculator=False),
+                 lambda bench: bench.theirs(questions[:2], 1, **greedy)),
+                (f"{size}, {len(asked)} gold rationales, calculator on, batch 32", sum(map(len, scripts)),
+                 lambda bench: bench.ours(asked, 32, process=bench.follow(scripts)),
+                 lambda bench: bench.theirs(asked, 32, script, max_new_tokens=300, do_sample=False)),
+                (f"{size}, 5 samples of 32 questions", 160 * tokens,
+                 lambda bench: bench.ours(questions[:32], 160, n_samples=5, temperature=0.7, max_new_tokens=tokens),
+                 lambda bench: bench.theirs(questions[:32], 32, **drawn)),
+            ]  # fmt: skip
+            for label, total, ours, theirs in jobs if size == "small" else jobs[:1]:
+                systems = {"ours": lambda: ours(both[1]), peers[0]: lambda: ours(both[0])}
+                if transformers:
+                    systems |= {peers[1]: lambda: theirs(both[0]), peers[2]: lambda: theirs(both[1])}
+                take_turns(systems, 1)  # warm
+                show(label, total, take_turns(systems, min(repeats, 3)), peers=peers)
+    if args.checkpoint:
+        agreement(args.checkpoint, "cpu", questions)
 
 
 class Bench:

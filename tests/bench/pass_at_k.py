@@ -58,7 +58,8 @@ def main() -> None:
         tests = run.load_data(config)[2]
         if unknown := (set(args.models or ()) - set(found)) | (set(args.tests or ()) - set(tests)):
             parser.error(f"{folder} has no {unknown.pop()}: its models are {', '.join(found)}, its tests {', '.join(tests)}")
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)  # as in a run
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if config.bf16 or device == "cuda" else torch.float32
         for name in args.models or found:
             model, tokenizer = load_flan_t5(folder / name, dtype, device), Tokenizer(folder / name)
             for test, calculator in itertools.product(args.tests or tests, (True, False)):

@@ -25,7 +25,7 @@ from selftrain import accuracies, extract_answer, is_correct, jaccard, make_pseu
 from tokenizer import Tokenizer
 
 COLORS = {"st": "#0072B2", "dpo-st": "#D55E00", "other": "#009E73", "third": "#CC79A7"}  # Okabe and Ito: for every eye
-LIMITS = set(run.MAY_CHANGE) - {"rounds", "method"}  # of memory and time: runs that differ in them are of one kind
+LIMITS = set(run.MAY_CHANGE) - {"rounds", "method", "bf16"}  # of memory and time: runs that differ in them are of one kind
 NAMES = {"st": "ST", "dpo-st": "DPO-ST"}
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t by n - 1
 

@@ -1,6 +1,7 @@
 """Training speed and memory against transformers' usual loop (SFT) and the concatenated two-model way (DPO).
 
     python -m tests.bench.train [--quick] [--vocabulary DIR] [--problems FILE] [--size small]
+    python -m tests.bench.train --bf16                         # bf16 autocast on both sides, and our own fp32
     python -m tests.bench.train --memory small base large      # peak memory of SFT, with and without gradient checkpointing
     python -m tests.bench.train --scale                        # one process of one thread against two (torchrun)
     python -m tests.bench.train --device cuda --size base      # bf16 autocast on both sides, batches of 96, share of the peak
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +40,7 @@ from tokenizer import Tokenizer, format_rationale, pad_batch
 BETA = 0.1
 SCHEDULES = {  # table 5, but for the smaller batch on a CPU
     "cpu": [Schedule(rate, batch_size=12, log_every=1) for rate in (3e-4, 7e-7)],
-    "cuda": [Schedule(rate, batch_size=96, micro_batch_tokens=2**14, log_every=1) for rate in (3e-4, 7e-7)],
+    "cuda": [Schedule(rate, batch_size=96, micro_batch_tokens=2**14, bf16=True, log_every=1) for rate in (3e-4, 7e-7)],
 }
 
 
@@ -47,7 +49,7 @@ SCHEDULES = {  # table 5, but for the smaller batch on a CPU
 
 def peer_epoch(model, n: int, n_steps: int, schedule: Schedule, loss_of) -> list[float]:
     """The usual loop: shuffled batches, AdamW as it comes, clipping, the same schedule; losses by step."""
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=schedule.bf16)
     optimizer = torch.optim.AdamW(model.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay)
     losses, batches = [], epochs(n, schedule.batch_size, schedule.seed)
     for step in range(n_steps):
@@ -70,17 +72,17 @@ def concatenated_logps(model, input_ids, attention_mask, labels):
     return (logps * real).sum(-1).chunk(2)
 
 
-def peer_sft(folder: Path, examples: list, device: str):
+def peer_sft(folder: Path, examples: list, schedule: Schedule, device: str):
     model = load_peer(folder, device=device)
 
     def loss_of(batch: list[int]):
         input_ids, attention_mask, labels = collate([examples[i] for i in batch], device)
         return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
 
-    return lambda n_steps: peer_epoch(model, len(examples), n_steps, SCHEDULES[device][0], loss_of)
+    return lambda n_steps: peer_epoch(model, len(examples), n_steps, schedule, loss_of)
 
 
-def peer_dpo(folder: Path, pairs: list, device: str):
+def peer_dpo(folder: Path, pairs: list, schedule: Schedule, device: str):
     policy, reference = load_peer(folder, device=device), load_peer(folder, device=device)
 
     def loss_of(batch: list[int]):
@@ -92,35 +94,42 @@ def peer_dpo(folder: Path, pairs: list, device: str):
             reference_chosen, reference_rejected = concatenated_logps(reference, input_ids, attention_mask, labels)
         return -F.logsigmoid(BETA * (chosen - rejected - reference_chosen + reference_rejected)).mean()
 
-    return lambda n_steps: peer_epoch(policy, len(pairs), n_steps, SCHEDULES[device][1], loss_of)
+    return lambda n_steps: peer_epoch(policy, len(pairs), n_steps, schedule, loss_of)
 
 
 # --------------------------------------------------------------------------------------------------------------- ours
 
 
-def our_sft(folder: Path, examples: list, device: str):
+def our_sft(folder: Path, examples: list, schedule: Schedule, device: str):
     model = load_flan_t5(folder, device=device)
 
     def run(n_steps: int) -> list[float]:
         logs = []
-        train_sft(model, examples, 1, SCHEDULES[device][0], log=logs.append)
+        train_sft(model, examples, 1, schedule, log=logs.append)
         return [record["loss"] for record in logs]
 
     return run
 
 
-def our_dpo(folder: Path, pairs: list, device: str):
+def our_dpo(folder: Path, pairs: list, schedule: Schedule, device: str):
     model = load_flan_t5(folder, device=device)
 
     def run(n_steps: int) -> list[float]:
         logs = []
-        train_dpo(model, pairs, [], n_steps, BETA, SCHEDULES[device][1], log=logs.append)
+        train_dpo(model, pairs, [], n_steps, BETA, schedule, log=logs.append)
         return [record["loss"] for record in logs]
 
     return run
 
 
-SYSTEMS = {"SFT": {"ours": our_sft, "transformers": peer_sft}, "DPO": {"ours": our_dpo, "two models, concatenated": peer_dpo}}
+def fp32(train: Callable) -> Callable:
+    return lambda folder, items, schedule, device: train(folder, items, replace(schedule, bf16=False), device)
+
+
+SYSTEMS = {
+    "SFT": {"ours": our_sft, "transformers": peer_sft, "ours in fp32": fp32(our_sft)},
+    "DPO": {"ours": our_dpo, "two models, concatenated": peer_dpo, "ours in fp32": fp32(our_dpo)},
+}
 
 
 # ------------------------------------------------------------------------------------- memory by size, and two processes
@@ -197,12 +206,12 @@ def scale(arguments: list[str], repeats: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ the turns
 
 
-def serve(task: str, name: str, folder: Path, items: list, device: str, threads: int, pipe) -> None:
+def serve(task: str, name: str, folder: Path, items: list, schedule: Schedule, device: str, threads: int, pipe) -> None:
     """In a process of its own: train for n steps whenever asked, and say how long that took and what memory it has needed."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     os.environ["TQDM_DISABLE"] = "1"
-    run = SYSTEMS[task][name](folder, items, device)
+    run = SYSTEMS[task][name](folder, items, schedule, device)
     while n_steps := pipe.recv():
         began = time.perf_counter()
         losses = run(n_steps)  # the losses are numbers, so the GPU has done its work
@@ -220,13 +229,13 @@ def operations(model: T5, task: str, items: list) -> float:
     return 8 * (encoder * questions + decoder * sum(len(item.chosen) + len(item.rejected) for item in items))
 
 
-def compare(task: str, folder: Path, items: list, n_steps: int, repeats: int, device: str) -> str:
-    """Let the systems of a task take turns on the same items; one row of the table."""
+def compare(task: str, folder: Path, items: list, n_steps: int, repeats: int, schedule: Schedule, device: str) -> list[str]:
+    """Let the systems of a task take turns on the same items; a row of the table for each peer."""
     context, pipes, seconds, losses, memory = get_context("spawn"), {}, {}, {}, {}
     for name in SYSTEMS[task]:
-        if name == "ours" or transformers:
+        if name == "ours" or (schedule.bf16 and device == "cpu" if name == "ours in fp32" else transformers):
             pipes[name], theirs = context.Pipe()
-            arguments = (task, name, folder, items, device, torch.get_num_threads(), theirs)
+            arguments = (task, name, folder, items, schedule, device, torch.get_num_threads(), theirs)
             context.Process(target=serve, args=arguments, daemon=True).start()
             theirs.close()  # so that recv ends should the process die
     for turn in range(repeats):
@@ -241,14 +250,15 @@ def compare(task: str, folder: Path, items: list, n_steps: int, repeats: int, de
     if device == "cuda":
         done = operations(load_flan_t5(folder), task, items) / statistics.median(seconds["ours"])
         speed += f" ({100 * done / ceilings(torch.bfloat16, device)[0]:.0f} % of the peak)"
-    cells = [task, speed, *[""] * 4]
+    rows = []
     for name in list(pipes)[1:]:
         ratios = [theirs / own for own, theirs in zip(seconds["ours"], seconds[name])]
-        cells[2] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        cells[3] = f"{memory['ours'] / 2**20:,.0f} of {memory[name] / 2**20:,.0f} MiB"
-        cells[4] = f"{memory['ours'] / memory[name]:.2f}"
-        cells[5] = f"{max(abs(a - b) for a, b in zip(losses['ours'], losses[name])):.1e}"
-    return f"| {' | '.join(cells)} |"
+        rows.append([
+            f"{task}, against {name}", speed, f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            f"{memory['ours'] / 2**20:,.0f} of {memory[name] / 2**20:,.0f} MiB", f"{memory['ours'] / memory[name]:.2f}",
+            f"{max(abs(a - b) for a, b in zip(losses['ours'], losses[name])):.1e}",
+        ])  # fmt: skip
+    return [f"| {' | '.join(cells)} |" for cells in rows or [[task, speed, *[""] * 4]]]
 
 
 def main() -> None:
@@ -258,6 +268,7 @@ def main() -> None:
     parser.add_argument("--problems", type=Path, help="JSONL of problems with rationales; default: synthetic ones")
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--device", choices=SCHEDULES, default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="on a CPU: autocast on both sides, and against our own fp32")
     parser.add_argument("--tasks", nargs="*", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--repeats", type=int, help="turns, default 3, or 2 with --quick")
     parser.add_argument("--memory", nargs="+", choices=SIZES, help="only measure peak memory of these sizes")
@@ -270,7 +281,8 @@ def main() -> None:
         return work_of_scale(args.vocabulary, args.problems)
     repeats = args.repeats or (2 if args.quick else 3)
     n_examples, n_pairs = (48, 48) if args.quick else (256, 96) if args.device == "cpu" else (1344, 960)
-    schedules = SCHEDULES[args.device]
+    schedules = [replace(schedule, bf16=schedule.bf16 or args.bf16) for schedule in SCHEDULES[args.device]]
+    kind = "bf16" if schedules[0].bf16 else "fp32"
     tokenizer = Tokenizer(args.vocabulary)
     problems = load_problems(args.problems) if args.problems else make_problems(1400, seed=0)
     problems = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in problems[:1400]]
@@ -283,7 +295,7 @@ def main() -> None:
     version = f"transformers {transformers.__version__}" if transformers else "transformers not installed: left out"
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
           f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {version}, {args.size}, "
-          f"{'fp32' if args.device == 'cpu' else f'bf16 on {torch.cuda.get_device_name()}'}, {repeats} turns\n")  # fmt: skip
+          f"{kind}{'' if args.device == 'cpu' else f' on {torch.cuda.get_device_name()}'}, {repeats} turns\n")  # fmt: skip
     if args.memory:
         return memory_table(args.memory, examples[:24])
     if args.scale:
@@ -295,7 +307,7 @@ def main() -> None:
         torch.manual_seed(0)
         save_flan_t5(T5(replace(SIZES[args.size], dropout=0.0)), folder)
         for task in args.tasks:
-            print(compare(task, Path(folder), *items[task], repeats, args.device), flush=True)
+            print(*compare(task, Path(folder), *items[task], repeats, schedules[task == "DPO"], args.device), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
