@@ -15,16 +15,16 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from calculator import calculate
-from model import START_ID, T5, decoding, load_flan_t5, mask_to_bias
+from model import START_ID, T5, Layout, decoding, load_flan_t5, mask_to_bias
 from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 
 MAX_NEW_TOKENS = 300  # section 4.2
@@ -92,37 +92,41 @@ class RowState:
             self.expression = None
 
 class KVCache:
-    """Keys and values of B slots that share one clock and one ring.
-    T5 knows distances only, never absolute positions. So sequences of one batch may start at different times and still write to
-    the same place of a ring at each step and share one row of position bias; a mask hides from each slot what is older than its
-    sequence. A finished slot goes to the next question at once, without moving the others. fixed: the ring has its last size
-    from the start, as `record` needs it; the clock is a tensor for the same reason.
-    Memory in numbers: 2 * n_layers * n_slots * H * K * (max_new_tokens rounded up to whole blocks + source_length), and one
-    layer's share of it while the ring changes its size. Raises torch.OutOfMemoryError, before any work, if it cannot fit."""
+    """Keys and values of B slots that share one clock and one ring, and of the questions that these answer.
+    T5 knows distances only, never absolute positions. So sequences of one batch may start at different times and still write to the
+    same place of a ring at each step and share one row of position bias; a mask hides from each slot what is older than its
+    sequence. A finished slot goes to the next question at once, without moving the others. Each slot reads its question on a seat;
+    samples of one question share that. fixed: no size ever changes, as `record` needs it.
+    Memory in numbers: at most 2 * n_layers * n_slots * H * K * (max_new_tokens rounded up to whole blocks + source_length), and two
+    layers' share while the ring changes its size. Raises torch.OutOfMemoryError, before any work, if it cannot fit."""
     BLOCK = 32  # the ring grows and shrinks by so many positions
 
     def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int, fixed: bool = False):
         c, like = model.config, model.shared.weight.detach()
-        place, longest = n_slots * c.n_heads * c.d_kv, -(-max_new_tokens // self.BLOCK) * self.BLOCK
-        wanted, free = 2 * c.n_layers * place * (longest + source_length) * like.itemsize, free_memory(like.device)
+        longest, free = -(-max_new_tokens // self.BLOCK) * self.BLOCK, free_memory(like.device)
+        wanted = 2 * c.n_layers * n_slots * c.n_heads * c.d_kv * (longest + source_length) * like.itemsize
         if wanted > free:
             advice = f"use a batch size of at most {most}" if (most := int(0.8 * free / wanted * n_slots)) else "none fits"
-            sizes = f"need {wanted / 2**20:,.0f} MiB for keys and values, {free / 2**20:,.0f} are free"
-            raise torch.OutOfMemoryError(f"{n_slots} rationales at a time {sizes}: {advice}")
-        self.memory = like.new_empty(c.n_layers, 2, place * longest)  # the system hands it out as the ring grows into it
+            needed = f"need {wanted / 2**20:,.0f} MiB for keys and values, {free / 2**20:,.0f} are free"
+            raise torch.OutOfMemoryError(f"{n_slots} rationales at a time {needed}: {advice}")
         self.fixed, self.size, self.width = fixed, longest if fixed else self.BLOCK, source_length
-        self.ring = self.memory[..., : place * self.size].unflatten(-1, (n_slots, c.n_heads, self.size, c.d_kv)).zero_()
-        self.cross = like.new_zeros(c.n_layers, 2, n_slots, c.n_heads, source_length, c.d_kv)
-        self.births, self.source_lengths = like.new_zeros(2, n_slots, dtype=torch.long)  # of the slots, in steps and in tokens
+        layers = lambda length: [like.new_zeros(2, n_slots, c.n_heads, length, c.d_kv) for _ in range(c.n_layers)]
+        self.ring, self.cross = layers(self.size), layers(source_length)  # cross: by seat
+        self.seats = list(range(n_slots))  # of the slots: where the question stands that this one answers
+        self.births, self.source_lengths = like.new_zeros(2, n_slots, dtype=torch.long)  # of slots, in steps; of seats, in tokens
         self.clock = like.new_zeros(1, dtype=torch.long)  # step t is written to place t % size
         self.positions = torch.arange(max(longest, source_length), device=like.device)
         self.bias = model.decoder.position_bias(-self.positions[None])  # (1, H, 1, ages)
 
-    def admit(self, slot: int, questions: Tensor, row: int, source_length: int) -> None:
-        """Give a slot to a new sequence, whose question is a row of `cross_keys_values`, source_length tokens long."""
-        self.ring[:, :, slot] = self.cross[:, :, slot] = 0  # nothing of the old tenant stays, not even masked
-        self.cross[:, :, slot, :, :source_length] = questions[:, :, row, :, :source_length]
-        self.births[slot], self.source_lengths[slot] = self.clock, source_length
+    def admit(self, slot: int, questions: Tensor, row: int, source_length: int, mate: int | None = None) -> None:
+        """Give a slot to a new sequence. Its question is a row of `cross_keys_values`, source_length tokens long, and takes a
+        seat of its own; or it is that of the slot `mate`, and both read the same keys and values."""
+        self.births[slot], self.seats[slot] = self.clock, -1
+        self.seats[slot] = seat = min({*range(len(self.seats))} - {*self.seats}) if mate is None else self.seats[mate]
+        self.source_lengths[seat] = source_length
+        for ring, cross, question in zip(self.ring, self.cross, questions[:, :, row, :, :source_length]):
+            ring[:, slot] = 0  # nothing of the old tenant stays, not even masked
+            cross[:, seat] = F.pad(question, (0, 0, 0, self.width - source_length))
 
     def fit(self, oldest: int, width: int) -> None:
         """Make room for the next step: `oldest` is the age of the oldest sequence, `width` the length of the longest
@@ -130,48 +134,45 @@ class KVCache:
         needed = (oldest // self.BLOCK + 1) * self.BLOCK
         if needed > self.size or needed < self.size - self.BLOCK:
             places = (self.clock - oldest + self.positions[:oldest]) % self.size
-            self.relocate(lambda ring: ring.index_select(2, places), needed)
+            for layer, ring in enumerate(self.ring):  # one by one: so only one is in memory twice
+                self.ring[layer] = F.pad(ring.index_select(3, places), (0, 0, 0, needed - oldest))
             self.births, self.clock, self.size = self.births - self.clock + oldest, torch.full_like(self.clock, oldest), needed
         if width < 0.8 * self.width:
-            self.width, self.cross = width, self.cross[..., :width, :].contiguous()
+            self.width, self.cross = width, [cross[..., :width, :].contiguous() for cross in self.cross]
 
     def keep(self, slots: list[int]) -> None:
         """Drop all other slots, so that the last few sequences do not drag an empty batch along."""
-        self.births, self.source_lengths = self.births[slots], self.source_lengths[slots]
-        self.relocate(lambda ring: ring[slots], self.size)
-        self.cross = self.cross[:, :, slots]
-
-    def relocate(self, select: Callable[[Tensor], Tensor], size: int) -> None:
-        """Lay what `select` takes of each ring out as the beginning of a ring of another size, in the same memory."""
-        for memory, ring in zip(self.memory.flatten(0, 1), self.ring.flatten(0, 1)):
-            B, H, kept, K = (selected := select(ring)).shape
-            new = memory[: B * H * size * K].view(B, H, size, K)
-            new[:, :, :kept], new[:, :, kept:] = selected, 0
-        self.ring = self.memory[..., : B * H * size * K].unflatten(-1, (B, H, size, K))
+        seats = sorted({self.seats[slot] for slot in slots})
+        self.seats = [seats.index(self.seats[slot]) for slot in slots]
+        self.births, self.source_lengths = self.births[slots], self.source_lengths[seats]
+        for layer, (ring, cross) in enumerate(zip(self.ring, self.cross)):
+            self.ring[layer], self.cross[layer] = ring[:, slots], cross[:, seats]
 
     def advance(self) -> tuple[Tensor, Tensor]:
-        """Begin a step. Return the bias for the ring (B, H, 1, size) and for the questions (B, 1, 1, width)."""
+        """Begin a step. Return the bias for the ring (B, H, 1, size) and for the questions (seats, 1, 1, width)."""
         place = self.clock % self.size  # (1,), where this step is written; a slice, if Python may know it, is four times as fast
         self.place = place if self.fixed else slice(int(place), int(place) + 1)
         ages = (self.clock - self.positions[: self.size]) % self.size  # of each place in this step; 0: written now
         self.clock += 1
         seen = ages < (self.clock - self.births)[:, None]  # (B, size)
-        real = self.positions[: self.width] < self.source_lengths[:, None]  # (B, width)
-        dtype = self.bias.dtype
-        return self.bias[..., ages] + mask_to_bias(seen, dtype)[:, None, None], mask_to_bias(real, dtype)[:, None, None]
+        # Queries of slots on one seat stand in one row of the layout, each behind those of the slots before it.
+        behind = [self.seats[:slot].count(seat) for slot, seat in enumerate(self.seats)]
+        self.n_seats, most = max(self.seats) + 1, max(behind) + 1
+        places = [seat * most + n for seat, n in zip(self.seats, behind)] if self.seats != list(range(len(behind))) else None
+        self.layout = Layout((self.n_seats, most), places=places and torch.tensor(places, device=seen.device))
+        real = self.positions[: self.width] < self.source_lengths[: self.n_seats, None]  # (seats, width)
+        return self.bias[..., ages] + mask_to_bias(seen, self.bias)[:, None, None], mask_to_bias(real, self.bias)[:, None, None]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
         """Write this step's keys and values (B, H, 1, K); return those of the whole ring (2, B, H, size, K)."""
-        for ring, new in zip(self.ring[layer], (keys, values)):
-            ring[:, :, self.place] = new
+        self.ring[layer][:, :, :, self.place] = torch.stack((keys, values))
         return self.ring[layer]
 
 def free_memory(device: torch.device) -> float:
     """Bytes that can still be taken, what torch holds in reserve included; infinite where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    meminfo = Path("/proc/meminfo")  # Linux
-    found = re.search(r"MemAvailable: *(\d+)", meminfo.read_text()) if meminfo.exists() else None
+    found = sys.platform == "linux" and re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
     return 1024 * int(found[1]) if found else float("inf")
 
 def record(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:
@@ -212,11 +213,10 @@ def generate(
     groups = iter(order[at : at + GROUP] for at in range(0, len(order), GROUP))  # of like length: little padding
     group, encoded = [], []  # the questions whose turn it is, and their keys and values for cross-attention
     rows: list[RowState | None] = [None] * n_slots
-    bar = tqdm(total=len(waiting), desc=progress, unit="rationale", disable=None if progress else True)
     written, began = 0, time.perf_counter()
 
-    with bar, decoding(model):
-        step = record(model, cache) if graph else partial(model.step, cache=cache)
+    with tqdm(total=len(waiting), desc=progress, unit="rationale", disable=None if progress else True) as bar, decoding(model):
+        step = record(model, cache) if graph else lambda ids: model.step(ids, cache)
         while True:
             # 1. Hand every free slot to the next waiting sample.
             for slot, row in enumerate(rows):
@@ -226,7 +226,8 @@ def generate(
                         group, encoded = next(groups), []  # the old ones go before the new ones need their memory
                         input_ids, mask = (t.to(model.device) for t in pad_batch([source_ids[j] for j in group]))
                         encoded = model.cross_keys_values(model.encode(input_ids, mask))
-                    cache.admit(slot, encoded, group.index(i), len(source_ids[i]))
+                    mate = next((other for other, row in enumerate(rows) if row and row.question == i and not graph), None)
+                    cache.admit(slot, encoded, group.index(i), len(source_ids[i]), mate)
                     noise = uniform_noise(seed, questions[i], k, max_new_tokens if temperature else 0)
                     rows[slot] = RowState(tokenizer, calculator, i, k, noise.tolist())
             live = [slot for slot, row in enumerate(rows) if row is not None]

@@ -4,7 +4,6 @@ Left out: how pairs are made (selftrain.py), other preference losses, label smoo
 
     python dpo.py        # one pair worked by hand"""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -78,8 +77,8 @@ def add_reference_logps(reference: T5, pairs: Sequence[PairExample], schedule: S
     score_pairs = lambda model, pairs: torch.stack(sequence_logps(model, pairs), -1).tolist()
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]), reverse=True)  # that of micro_batches
     pieces = micro_batches([pairs[i] for i in order], schedule.micro_batch_tokens)
-    logps = itertools.chain(*deal(pieces, Loss(reference.eval(), score_pairs, schedule.bf16), "reference"))
-    scored = dict(zip(order, logps))
+    done = deal(pieces, Loss(reference.eval(), score_pairs, schedule.bf16), "reference")
+    scored = dict(zip(order, (logps for piece in done for logps in piece)))
     return [replace(pair, reference_logps=tuple(scored[i])) for i, pair in enumerate(pairs)]
 
 @torch.no_grad()

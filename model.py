@@ -9,12 +9,10 @@ Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K 
 import importlib.util
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,9 +95,10 @@ def decoding(model: nn.Module) -> Iterator[None]:
 class Layout:
     """Where the N real tokens of a padded (B, T) batch stand. Only attention needs the padded form: everything else works
     on rows (N, D), so that no matrix product is spent on padding, which in a batch of GSM8K is half of all tokens."""
-    def __init__(self, shape: tuple[int, int], mask: Tensor | None = None):
+    def __init__(self, shape: tuple[int, int], mask: Tensor | None = None, places: Tensor | None = None):
         full = mask is None or mask.is_meta or mask.all()
-        self.shape, self.places = shape, None if full else mask.flatten().nonzero()[:, 0]  # (N,) int64
+        self.shape, self.places = shape, places if full else mask.flatten().nonzero()[:, 0]  # (N,) int64
+        self.step = shape[1] == 1 or places is not None  # every row is a sequence of its own: one step of decoding
 
     def pad(self, x: Tensor) -> Tensor:  # (N, D) -> (B, T, D)
         if self.places is not None:
@@ -128,7 +127,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """Mix values into x (N, D). bias: added to the scores, broadcast to (B, H, T, S); it also masks."""
         queries = self.split(self.q(x), layout)
-        if queries.shape[2] == 1 and x.device.type == "cpu" and not self.training:  # the plain formula, twice as fast here
+        if layout.step and x.device.type == "cpu" and not self.training:  # the plain formula, twice as fast here
             mixed = (queries @ keys.transpose(2, 3) + bias).softmax(-1) @ values
         else:  # scale=1: T5 has no 1/sqrt(K) here, its initialisation of q carries that factor instead
             bias, dropout = bias.to(queries.dtype), self.dropout * self.training
@@ -150,7 +149,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), in the decoder again with attention to the source, then x + feed_forward(norm(x))."""
     def __init__(self, config: T5Config, cross: bool):
         super().__init__()
-        norm, self.cross = partial(RMSNorm, config.d_model, config.epsilon), cross
+        norm, self.cross = lambda: RMSNorm(config.d_model, config.epsilon), cross
         self.self_attention_norm, self.self_attention = norm(), Attention(config)
         self.feed_forward_norm, self.feed_forward = norm(), GatedFeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -166,7 +165,8 @@ class Block(nn.Module):
             keys, values = cache.append(layer, keys, values)
         x = x + self.dropout(self.self_attention(h, layout, keys, values, bias))
         if self.cross:  # no position bias here: source_bias holds only the padding mask
-            keys, values = cache.cross[layer] if cache else self.cross_attention.keys_values(states, source)
+            keys, values = cache.cross[layer][:, : cache.n_seats] if cache else self.cross_attention.keys_values(states, source)
+            layout = cache.layout if cache else layout
             x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), layout, keys, values, source_bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
@@ -184,9 +184,9 @@ class Stack(nn.Module):
         """Bias for signed distances (T, S) between key and query -> (1, H, T, S)."""
         return self.relative_bias(relative_position_bucket(distance, self.bidirectional)).permute(2, 0, 1)[None]
 
-def mask_to_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def mask_to_bias(mask: Tensor, like: Tensor) -> Tensor:
     """True -> 0, False -> bf16's lowest number (not -inf, which would turn a row without any True into NaN)."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+    return like.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
 
 def shift_right(labels: Tensor) -> Tensor:
     """Decoder inputs from labels (B, T) int64: START_ID first, the last dropped, ignored positions -> 0. Position t
@@ -227,7 +227,7 @@ class T5(nn.Module):
         stack, layout = self.encoder, Layout(input_ids.shape, attention_mask)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         bias = stack.position_bias(positions[None, :] - positions[:, None])  # (1, H, S, S)
-        bias = bias + mask_to_bias(attention_mask.bool(), bias.dtype)[:, None, None]  # (B, H, S, S)
+        bias = bias + mask_to_bias(attention_mask.bool(), bias)[:, None, None]  # (B, H, S, S)
         x = stack.dropout(self.shared(layout.unpad(input_ids)))  # (N, D)
         for block in stack.blocks:
             x = self.run(block, x, layout, bias)
@@ -239,8 +239,8 @@ class T5(nn.Module):
         stack, layout, source = self.decoder, Layout(decoder_input_ids.shape, real), Layout(states.shape[:2], attention_mask)
         positions = torch.arange(decoder_input_ids.shape[1], device=states.device)
         distance = positions[None, :] - positions[:, None]
-        bias = stack.position_bias(distance) + mask_to_bias(distance <= 0, states.dtype)  # (1, H, T, T)
-        source_bias = mask_to_bias(attention_mask.bool(), states.dtype)[:, None, None]  # (B, 1, 1, S)
+        bias = stack.position_bias(distance) + mask_to_bias(distance <= 0, states)  # (1, H, T, T)
+        source_bias = mask_to_bias(attention_mask.bool(), states)[:, None, None]  # (B, 1, 1, S)
         x, states = stack.dropout(self.shared(layout.unpad(decoder_input_ids))), source.unpad(states)
         for block in stack.blocks:
             x = self.run(block, x, layout, bias, source_bias, states, source)
@@ -319,7 +319,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (index := folder / f"{name}.index.json").exists():
             with naming(index):
                 shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                if not all(re.fullmatch(r"[\w-]+\.(bin|safetensors)", shard) for shard in shards):
+                if any(Path(shard).name != shard or shard == ".." for shard in shards):
                     raise ValueError("it does not list files of its own folder")
                 return [folder / shard for shard in shards]
     raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin: not a checkpoint")

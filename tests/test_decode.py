@@ -244,14 +244,37 @@ def test_a_ring_that_always_changes_its_size_changes_nothing(model, tokenizer, m
     same(model, tokenizer, QUESTIONS, generate(model, tokenizer, QUESTIONS, **options), expected, 0.8)
 
 
+@pytest.mark.parametrize("batch_size, n_samples", [(3, 3), (4, 3), (7, 5), (20, 5), (32, 4), (32, 1)])
+def test_samples_of_a_question_share_its_keys_and_change_nothing(model, tokenizer, monkeypatch, batch_size, n_samples):
+    """A question's keys are read once a step however many samples look at them, or its samples would be little cheaper than
+    as many questions. A query that lands in another question's row reads another story."""
+    seats, advance, admit = [], KVCache.advance, KVCache.admit
+
+    def counted(self):
+        biases = advance(self)
+        seats.append((self.n_seats, len(set(self.seats)), len(self.seats)))
+        return biases
+
+    options = dict(n_samples=n_samples, temperature=0.8, max_new_tokens=25, batch_size=batch_size)
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "admit", lambda self, slot, questions, row, length, mate: admit(self, slot, questions, row, length))
+        expected = generate(model, tokenizer, QUESTIONS, **options)  # a seat for each
+    monkeypatch.setattr(KVCache, "advance", counted)
+    same(model, tokenizer, QUESTIONS, generate(model, tokenizer, QUESTIONS, **options), expected, 0.8)
+    assert seats[0][1] == -(-seats[0][2] // n_samples)  # as few as can be, one for each question
+    assert all(n <= slots for n, _, slots in seats) and seats[-1][0] == seats[-1][1]
+
+
 def test_a_new_tenant_never_sees_the_old_cache(model, tokenizer, monkeypatch):
     """NaN planted where a slot's last tenant lived would survive any mask (0 * NaN is NaN), so it shows any leftover."""
     options = dict(n_samples=2, temperature=0.8, max_new_tokens=25, batch_size=3)
     expected, admit, admitted = generate(model, tokenizer, QUESTIONS, **options), KVCache.admit, []
 
     def haunted(self, slot, *arguments):
-        for part in itertools.chain(*self.ring, *self.cross):
-            part[slot] = float("nan")
+        taken = {seat for other, seat in enumerate(self.seats) if other != slot}
+        for ring, cross in zip(self.ring, self.cross):
+            ring[:, slot] = float("nan")
+            cross[:, sorted({*range(3)} - taken)] = float("nan")
         admitted.append(slot)
         admit(self, slot, *arguments)
 
