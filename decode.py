@@ -98,7 +98,7 @@ class KVCache:
     sequence. A finished slot goes to the next question at once, without moving the others. Each slot reads its question on a seat;
     samples of one question share that. fixed: no size ever changes, as `record` needs it.
     Memory in numbers: at most 2 * n_layers * n_slots * H * K * (max_new_tokens rounded up to whole blocks + source_length), and two
-    layers' share while the ring changes its size. Raises torch.OutOfMemoryError, before any work, if it cannot fit."""
+    layers' share while sizes change. Raises torch.OutOfMemoryError, before any work, if it cannot fit."""
     BLOCK = 32  # the ring grows and shrinks by so many positions
 
     def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int, fixed: bool = False):
@@ -134,11 +134,11 @@ class KVCache:
         needed = (oldest // self.BLOCK + 1) * self.BLOCK
         if needed > self.size or needed < self.size - self.BLOCK:
             places = (self.clock - oldest + self.positions[:oldest]) % self.size
-            for layer, ring in enumerate(self.ring):  # one by one: so only one is in memory twice
-                self.ring[layer] = F.pad(ring.index_select(3, places), (0, 0, 0, needed - oldest))
+            # Layers leave their list one by one, so that no more than one is in memory twice.
+            self.ring = [F.pad(self.ring.pop(0).index_select(3, places), (0, 0, 0, needed - oldest)) for _ in range(len(self.ring))]
             self.births, self.clock, self.size = self.births - self.clock + oldest, torch.full_like(self.clock, oldest), needed
         if width < 0.8 * self.width:
-            self.width, self.cross = width, [cross[..., :width, :].contiguous() for cross in self.cross]
+            self.width, self.cross = width, [self.cross.pop(0)[..., :width, :].contiguous() for _ in range(len(self.cross))]
 
     def keep(self, slots: list[int]) -> None:
         """Drop all other slots, so that the last few sequences do not drag an empty batch along."""

@@ -94,7 +94,7 @@ def train_dpo(
     schedule: Schedule, name: str = "DPO", **options,
 ) -> T5:  # fmt: skip
     """Train the policy for n_steps optimiser steps; it is its own reference at the start. options: see `train`.
-    Dropout stays off, so that policy and reference agree (in bf16 to rounding) and the first loss is log 2.
+    Dropout stays off, so that policy and reference agree (in bf16 to some tenths of a nat) and the first loss is log 2.
     DIFFERS: rewards are also measured on held_out pairs; the authors' code scores pairs it trains on."""
     pairs, held_out = add_reference_logps(policy, pairs, schedule), add_reference_logps(policy, held_out, schedule)
     watch = lambda loss: {f"held_out_{k}": v for k, v in score(loss, held_out, schedule.micro_batch_tokens).items()}

@@ -319,7 +319,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (index := folder / f"{name}.index.json").exists():
             with naming(index):
                 shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                if any(Path(shard).name != shard or shard == ".." for shard in shards):
+                if not all(shard.isprintable() and Path(shard).name == shard and Path(shard).suffix for shard in shards):
                     raise ValueError("it does not list files of its own folder")
                 return [folder / shard for shard in shards]
     raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin: not a checkpoint")

@@ -261,7 +261,7 @@ def test_samples_of_a_question_share_its_keys_and_change_nothing(model, tokenize
         expected = generate(model, tokenizer, QUESTIONS, **options)  # a seat for each
     monkeypatch.setattr(KVCache, "advance", counted)
     same(model, tokenizer, QUESTIONS, generate(model, tokenizer, QUESTIONS, **options), expected, 0.8)
-    assert seats[0][1] == -(-seats[0][2] // n_samples)  # as few as can be, one for each question
+    assert seats[0][0] == seats[0][1] == -(-seats[0][2] // n_samples)  # as few as can be, one for each question
     assert all(n <= slots for n, _, slots in seats) and seats[-1][0] == seats[-1][1]
 
 

@@ -73,15 +73,17 @@ def test_seeds_are_merged_and_other_kinds_refused(run_folder, tmp_path, monkeypa
     said = capsys.readouterr()
     assert "over 2 runs" in said.out and "| warm-up | 25.0 ± 0.0 |" in said.out and "| dpo-st/round-1 | 75.0 |" in said.out
     assert "no such run: there is no run" in said.err
-    change(decode_batch_size=7, device="cuda")  # limits of memory and time make no other kind
+    change(decode_batch_size=7, timeout=7)  # limits of memory and time make no other kind
     stored = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({name: value for name, value in stored.items() if name != "rewrite"}))  # an older version
     with pytest.raises(SystemExit) as ended:
         run.parse_args(["--report", str(run_folder), str(other), "--out", str(tmp_path / "pictures")])
     assert ended.value.code is None and "over 2 runs" in capsys.readouterr().out and (tmp_path / "pictures" / "sft-loss.svg").exists()
-    change(beta=7.0)
-    with pytest.raises(SystemExit, match="more than the seed"):
-        report.main()
+    for what, back in (({"bf16": True}, {"bf16": False}), ({"beta": 7.0}, {})):  # three digits are another kind
+        change(**what)
+        with pytest.raises(SystemExit, match="more than the seed"):
+            report.main()
+        change(**back)
 
 
 def test_a_run_that_has_only_warmed_up_has_a_report_too(run_folder, monkeypatch, capsys):

@@ -225,7 +225,7 @@ def main() -> None:
     versions = [f"{name} {module.__version__ if module else 'not installed: left out'}"
                 for name, module in (("transformers", transformers), ("ctranslate2", ctranslate2))]  # fmt: skip
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
-          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {', '.join(versions)}, {'bf16' if one_gpu else 'fp32'}, {repeats} turns")  # fmt: skip
+          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {', '.join(versions)}, {'bf16' if one_gpu else 'fp32 but for case 7' if 7 in args.cases else 'fp32'}, {repeats} turns")  # fmt: skip
     if transformers:
         transformers.logging.set_verbosity_error()
     if one_gpu:

@@ -48,7 +48,8 @@ def interval(differences: list[float]) -> str:
 
 
 def config_of(stored: dict) -> run.Config:
-    """What config.json says; flags that an older version did not have were off."""
+    """What config.json says; flags that an older version did not have were off, but that a GPU computed in bf16."""
+    stored = {"bf16": stored["device"] == "cuda", **stored}
     return run.Config(**{item.name: stored[item.name] for item in fields(run.Config) if item.name in stored})
 
 

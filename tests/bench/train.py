@@ -275,6 +275,8 @@ def main() -> None:
     parser.add_argument("--scale", action="store_true", help="only measure two processes against one")
     parser.add_argument("--scale-worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.bf16 and (args.memory or args.scale):
+        parser.error("--memory and --scale measure fp32 only: leave --bf16 out")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
     if args.scale_worker:
