@@ -18,7 +18,7 @@ WRONG = {
     "shifted labels": (6, "sft.py", "model.decode(shift_right(labels)", "model.decode(shift_right(shift_right(labels))"),
     "policy used as reference": (8, "dpo.py", "torch.tensor([pair.reference_logps for pair in pairs], device=model.device)",
                                  "torch.stack(sequence_logps(model, pairs), -1).detach()"),
-    "deduplication that drops the gold": (9, "selftrain.py", "[p.rationale, *rationales]", "[*rationales, p.rationale]"),
+    "deduplication that drops the gold": (9, "selftrain.py", "[p.rationale, *right]", "[*right, p.rationale]"),
     "dropout left on": (8, "dpo.py", "dropout=False", "dropout=True"),
     "cache written one slot late": (3, "decode.py", "place = self.clock % self.size", "place = (self.clock + 1) % self.size"),
     "calculator firing in the wrong row": (5, "decode.py", "Sample(), deque()", "Sample(), vars(tokenizer).setdefault('queue', deque())"),
@@ -48,6 +48,12 @@ def test_every_emptied_function_fails_its_grader_and_says_whose_it_is(tmp_path, 
     assert len(numbers) == 12 and len(EXERCISES) == 15
     with ThreadPoolExecutor(2) as pool:
         assert not any(failed := [*pool.map(attempt, some(numbers, slow))]), failed
+
+
+def test_every_wrong_answer_still_has_its_place():
+    """A line that is rewritten would leave its wrong answer untried until the next run with --slow."""
+    counts = {name: (ROOT / file).read_text(encoding="utf-8").count(right) for name, (_, file, right, _) in WRONG.items()}
+    assert set(counts.values()) == {1}, counts
 
 
 def test_plausible_wrong_answers_do_not_pass(tmp_path, slow):
