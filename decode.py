@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,8 +155,8 @@ class KVCache:
         ages = (self.clock - self.positions[: self.size]) % self.size  # of each place in this step; 0: written now
         self.clock += 1
         seen = ages < (self.clock - self.births)[:, None]  # (B, size)
-        # Queries of slots on one seat stand in one row of the layout, each behind those of the slots before it.
-        behind = [self.seats[:slot].count(seat) for slot, seat in enumerate(self.seats)]
+        numbers = defaultdict(itertools.count)  # queries on one seat stand in one row of the layout, one behind the other
+        behind = [next(numbers[seat]) for seat in self.seats]
         self.n_seats, most = max(self.seats) + 1, max(behind) + 1
         places = [seat * most + n for seat, n in zip(self.seats, behind)] if self.seats != list(range(len(behind))) else None
         self.layout = Layout((self.n_seats, most), places=places and torch.tensor(places, device=seen.device))
@@ -172,7 +172,7 @@ def free_memory(device: torch.device) -> float:
     """Bytes that can still be taken, what torch holds in reserve included; infinite where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = sys.platform == "linux" and re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+    found = re.search(r"MemAvailable: *(\d+)", meminfo.read_text()) if (meminfo := Path("/proc/meminfo")).exists() else None
     return 1024 * int(found[1]) if found else float("inf")
 
 def record(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:

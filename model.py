@@ -9,6 +9,7 @@ Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K 
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,9 +97,8 @@ class Layout:
     """Where the N real tokens of a padded (B, T) batch stand. Only attention needs the padded form: everything else works
     on rows (N, D), so that no matrix product is spent on padding, which in a batch of GSM8K is half of all tokens."""
     def __init__(self, shape: tuple[int, int], mask: Tensor | None = None, places: Tensor | None = None):
-        full = mask is None or mask.is_meta or mask.all()
-        self.shape, self.places = shape, places if full else mask.flatten().nonzero()[:, 0]  # (N,) int64
-        self.step = shape[1] == 1 or places is not None  # every row is a sequence of its own: one step of decoding
+        self.shape, self.step = shape, shape[1] == 1 or places is not None  # step: every row is of a sequence of its own
+        self.places = places if mask is None or mask.is_meta or mask.all() else mask.flatten().nonzero()[:, 0]  # (N,) int64
 
     def pad(self, x: Tensor) -> Tensor:  # (N, D) -> (B, T, D)
         if self.places is not None:
@@ -319,7 +319,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (index := folder / f"{name}.index.json").exists():
             with naming(index):
                 shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                if not all(shard.isprintable() and Path(shard).name == shard and Path(shard).suffix for shard in shards):
+                if not all(re.fullmatch(r"[\w-]+\.(bin|safetensors)", shard) for shard in shards):
                     raise ValueError("it does not list files of its own folder")
                 return [folder / shard for shard in shards]
     raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin: not a checkpoint")

@@ -196,7 +196,7 @@ def main() -> None:
     (rank, n), began = place(), time.perf_counter()
     labeled, unlabeled, tests = load_data(config)
     if config.device == "cpu" and config.size in HOURS and rank == 0:
-        print(f"Two cores take {HOURS[config.size] * len(unlabeled) * (config.rounds + 1):,.1f} hours in fp32, --size tiny minutes")
+        print(f"2 cores: about {HOURS[config.size] * len(unlabeled) * (config.rounds + 1):,.1f} hours in fp32, --size tiny minutes")
     bundled = Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else ""
     base = Path(config.weights or bundled or deal([config.size], fetch_flan_t5)[0])
     tokenizer, folder, c = Tokenizer(base), RunFolder(out), read_config(base)

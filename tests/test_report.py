@@ -73,7 +73,7 @@ def test_seeds_are_merged_and_other_kinds_refused(run_folder, tmp_path, monkeypa
     said = capsys.readouterr()
     assert "over 2 runs" in said.out and "| warm-up | 25.0 ± 0.0 |" in said.out and "| dpo-st/round-1 | 75.0 |" in said.out
     assert "no such run: there is no run" in said.err
-    change(decode_batch_size=7, timeout=7)  # limits of memory and time make no other kind
+    change(decode_batch_size=7, timeout=7, device="cuda")  # limits of memory and time make no other kind
     stored = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({name: value for name, value in stored.items() if name != "rewrite"}))  # an older version
     with pytest.raises(SystemExit) as ended:
