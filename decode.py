@@ -110,7 +110,8 @@ class KVCache:
             needed = f"need {wanted / 2**20:,.0f} MiB for keys and values, {free / 2**20:,.0f} are free"
             raise torch.OutOfMemoryError(f"{n_slots} rationales at a time {needed}: {advice}")
         self.fixed, self.size, self.width = fixed, longest if fixed else self.BLOCK, source_length
-        layers = lambda length: [like.new_zeros(2, n_slots, c.n_heads, length, c.d_kv) for _ in range(c.n_layers)]
+        layer = lambda length, *n: like.new_zeros(*n, 2, n_slots, c.n_heads, length, c.d_kv)
+        layers = lambda length: layer(length, c.n_layers) if fixed else [layer(length) for _ in range(c.n_layers)]
         self.ring, self.cross = layers(self.size), layers(source_length)  # cross: by seat
         self.seats = list(range(n_slots))  # of the slots: where the question stands that this one answers
         self.births, self.source_lengths = like.new_zeros(2, n_slots, dtype=torch.long)  # of slots, in steps; of seats, in tokens
@@ -124,9 +125,11 @@ class KVCache:
         self.births[slot], self.seats[slot] = self.clock, -1
         self.seats[slot] = seat = min({*range(len(self.seats))} - {*self.seats}) if mate is None else self.seats[mate]
         self.source_lengths[seat] = source_length
-        for ring, cross, question in zip(self.ring, self.cross, questions[:, :, row, :, :source_length]):
-            ring[:, slot] = 0  # nothing of the old tenant stays, not even masked
-            cross[:, seat] = F.pad(question, (0, 0, 0, self.width - source_length))
+        layers = self.ring, self.cross, questions
+        for ring, cross, question in [layers] if self.fixed else zip(*layers):  # fixed: few launches, however many layers
+            ring[..., slot, :, :, :] = 0  # nothing of the old tenant stays, not even masked
+            if mate is None:
+                cross[..., seat, :, :, :] = F.pad(question[..., row, :, :source_length, :], (0, 0, 0, self.width - source_length))
 
     def fit(self, oldest: int, width: int) -> None:
         """Make room for the next step: `oldest` is the age of the oldest sequence, `width` the length of the longest
@@ -179,11 +182,8 @@ def record(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """`model.step` on a GPU as a CUDA graph: its several hundred kernels are recorded once, and from then on launched as one.
     A recording repeats the same work on the same addresses, whoever sits in the slots: ids are copied in, logits are
     overwritten, and the cache must be `fixed`."""
-    ids, graph, aside = torch.zeros_like(cache.births), torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        model.step(ids, cache)  # what libraries do at their first call must not be recorded
-    torch.cuda.current_stream().wait_stream(aside)
+    ids, graph = torch.zeros_like(cache.births), torch.cuda.CUDAGraph()
+    model.step(ids, cache)  # what libraries do at their first call must not be recorded
     with torch.cuda.graph(graph):
         logits = model.step(ids, cache)
     return lambda last: (ids.copy_(last), graph.replay(), logits)[-1]
@@ -276,8 +276,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(args.checkpoint, torch.bfloat16 if args.bf16 else torch.float32), Tokenizer(args.checkpoint)
-    example = ["Tom has 12 boxes with 24 pens in each. How many pens does Tom have?"]
-    questions = [line.strip() for line in sys.stdin if line.strip()] if args.question == ["-"] else args.question or example
+    lines = sys.stdin if args.question == ["-"] else args.question or ["Tom has 12 boxes with 24 pens in each. How many is that?"]
+    questions = [line.encode("utf-8", "replace").decode().strip() for line in lines if line.strip()]  # bytes of no text: ?
     marks = ("\033[7m", "\033[0m") if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("«", "»")
     for batch in [questions] if args.question else [questions, questions * 32]:
         began = time.perf_counter()
@@ -293,5 +293,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (FileNotFoundError, ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sys.exit(f"decode.py: {str(error) or 'stopped'}")

@@ -5,8 +5,6 @@ frozen into the recording, and operators that ask for a tensor's content, or bri
 it computes while recording, and does not see `.cpu()` and `.numpy()`: a step on meta tensors, which have no content, does.
 """
 
-import contextlib
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,17 +41,9 @@ class Recording(TorchDispatchMode):
         return result
 
 
-class Stream:
-    def wait_stream(self, other) -> None:
-        pass
-
-
 def play(monkeypatch) -> list[Graph]:
     """Put these in the place of torch.cuda's; return the graphs that are made from then on."""
     graphs: list[Graph] = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Graph()) or graphs[-1])
     monkeypatch.setattr(torch.cuda, "graph", Recording)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return graphs

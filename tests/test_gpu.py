@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import decode
 import run
@@ -77,6 +78,33 @@ def test_a_step_never_looks_at_a_number():
         cache = KVCache(net, 5, 40, 17, fixed=True)
         assert net.step(torch.zeros(5, dtype=torch.long), cache).shape == (5, SIZES["base"].vocab_size)
         assert len(cache.ring) == 12 and cache.ring[0].is_meta and cache.ring[0].shape == (2, 5, 12, 64, 64)
+
+
+class Launches(TorchDispatchMode):
+    """Count the operators that would each start a kernel."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_admitting_a_rationale_launches_as_little_in_a_deep_model_as_in_a_flat_one():
+    """Between two replays the GPU waits while a finished slot is handed on, and a kernel for each layer there would add up. Where
+    no size changes all layers are one tensor, and a slot of it is written at once."""
+
+    def launched(n_layers: int, fixed: bool, mate: int | None = None) -> int:
+        net = T5(replace(SIZES["tiny"], n_layers=n_layers)).eval()
+        with torch.inference_mode():
+            cache = KVCache(net, 3, 40, 17, fixed)
+            with Launches() as launches:
+                cache.admit(1, torch.randn(n_layers, 2, 5, 4, 9, 32), row=4, source_length=7, mate=mate)
+        return launches.n
+
+    assert launched(2, fixed=True) == launched(12, fixed=True) < 10
+    assert launched(12, fixed=False) > launched(2, fixed=False) + 10
+    assert launched(12, fixed=False, mate=0) < launched(12, fixed=False)  # what a mate reads is there already
 
 
 def tighten(monkeypatch, name: str, size_of, most: int) -> list[int]:
