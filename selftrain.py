@@ -23,7 +23,7 @@ from sft import Progress, Schedule, alone, deal, make_examples, place, train_sft
 from tokenizer import Tokenizer
 
 MAX_SIMILARITY, N_PAIRS, PERCENTILE = 0.7, 3, 90  # authors' code
-PART = 512  # rationales that are dealt out, and kept, at a time
+PART = {"cpu": 512, "cuda": 2048}  # rationales dealt out and kept at a time; at its end a GPU computes idle slots, too
 ANSWER = re.compile(r"#+ (-?[0-9.,]+)")
 Samples = Sequence[Sequence[str]]  # the rationales that were drawn, question by question
 
@@ -145,7 +145,7 @@ class Stages:
         """The rows that do(piece) gives for all pieces of work. Pieces that are done are kept even if the next ones are not."""
         folder, path, n = self.folder, self.folder.path / f"{name}.jsonl", place()[1]
         if not folder.find(f"{name}.jsonl"):
-            parts = [f"{name}.parts/{i:04}.jsonl" for i in range(len(work))]
+            parts = [f"{name}.parts/{i:04}-of-{len(work):04}.jsonl" for i in range(len(work))]  # a cut of its own for each device
             missing = [i for i, part in enumerate(parts) if not folder.find(part)]
             for turn in (missing[at : at + n] for at in range(0, len(missing), n)):
                 done = deal([work[i] for i in turn], do)
@@ -196,13 +196,13 @@ class Stages:
         correct = lambda row: sum(is_correct(text, row["answer"]) for text in row["rationales"])
         share = lambda rows, k: 100 * float(np.mean([pass_at_k(n_samples, correct(row), k) for row in rows]))
         count = lambda rows: {"rationales": n_samples * len(rows), **{f"pass@{k}": share(rows, k) for k in (1, n_samples)}}
-        work = [({}, part, how) for part in cut(problems, n_samples)]
+        work = [({}, part, how) for part in cut(problems, PART[c.device] // n_samples)]
         return [row["rationales"] for row in self.write_rationales(name, model, work, count)]
 
     def evaluate(self, name: str, model: Path, tests: dict[str, Sequence[Problem]]) -> None:
         """Greedy rationales on every test set, and on the first one without the calculator too."""
-        sets = [(test, True) for test in tests] + [(test, False) for test in [*tests][:1]]
-        work = [({"test": t, "calculator": on}, part, {"calculator": on}) for t, on in sets for part in cut(tests[t])]
+        sets, size = [(test, True) for test in tests] + [(test, False) for test in [*tests][:1]], PART[self.config.device]
+        work = [({"test": t, "calculator": on}, part, {"calculator": on}) for t, on in sets for part in cut(tests[t], size)]
         self.write_rationales(name, model, work, lambda rows: {test: found[0] for test, found in accuracies(rows).items()})
 
     def pairs(self, name: str, problems: Sequence[Problem], samples: Samples) -> list[PreferencePair]:
@@ -227,9 +227,9 @@ def fitting(do: Callable[[int], object], config, name: str):
             print(f"Out of memory ({str(error).splitlines()[0]:.80}): again with {name} {size // 2}")
         setattr(config, name, size // 2)  # here, where the error no longer holds what did not fit
 
-def cut(problems: Sequence, n_samples: int = 1) -> list[Sequence]:
-    """Cut problems into parts of about equal size, for at most PART rationales each."""
-    n = max(1, math.ceil(len(problems) / max(1, PART // n_samples)))
+def cut(problems: Sequence, most: int) -> list[Sequence]:
+    """Cut problems into parts of about equal size, of at most so many each, or of one."""
+    n = max(1, math.ceil(len(problems) / max(1, most)))
     return [problems[len(problems) * i // n : len(problems) * (i + 1) // n] for i in range(n)]
 
 def accuracies(rows: Sequence[dict]) -> dict[str, list[float]]:

@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    selftrain.PART = 20  # several parts for every process, and not the same number
+    selftrain.PART["cpu"] = 20  # several parts for every process, and not the same number
     logs = []
     folder = RunFolder(out)
     deal([0], lambda _: folder.open({}))
@@ -48,7 +48,7 @@ def main() -> None:
     stages.sft("sft", problems)  # 31 in batches of 10: the last batch of an epoch has one example, so one piece
     stages.dpo("dpo", base, pairs)
     # As after a kill between the last part of some rows and their joining, with all processes but one slow to look.
-    deal([0], lambda _: [folder.write(f"killed.parts/{i:04}.jsonl", partial(write_jsonl, [{"row": i}])) for i in range(3)])
+    deal([0], lambda _: [folder.write(f"killed.parts/{i:04}-of-0003.jsonl", partial(write_jsonl, [{"row": i}])) for i in range(3)])
     find = folder.find
     folder.find = (lambda name: (time.sleep(0.5), find(name))[1]) if place()[0] else find
     assert stages.keep_rows("killed", range(3), None, lambda rows: {"rows": len(rows)}) == [{"row": i} for i in range(3)]

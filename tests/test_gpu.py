@@ -5,6 +5,7 @@ import itertools
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,7 @@ from dpo import PairExample, pair_loss
 from model import SIZES, T5
 from sft import Example, Loss, sft_loss
 from test_decode import QUESTIONS, model, tokenizer  # noqa: F401 (fixtures)
+from tokenizer import EOS_ID
 
 OPTIONS = [dict(), dict(n_samples=3, temperature=0.7, seed=1), dict(calculator=False), dict(n_samples=2, temperature=1.0, top_k=0)]
 
@@ -105,6 +107,29 @@ def test_admitting_a_rationale_launches_as_little_in_a_deep_model_as_in_a_flat_o
     assert launched(2, fixed=True) == launched(12, fixed=True) < 10
     assert launched(12, fixed=False) > launched(2, fixed=False) + 10
     assert launched(12, fixed=False, mate=0) < launched(12, fixed=False)  # what a mate reads is there already
+
+
+def test_a_part_of_the_sampling_keeps_a_gpus_slots_busy(model, tokenizer, monkeypatch):  # noqa: F811
+    """A recorded step has one size: at the end of a part, idle slots are computed like the others. Of rationales as unlike in length
+    as GSM8K's, twice as many as slots leave four slots of ten idle on average, eight times as many (2,048 for 256) fewer than two."""
+    monkeypatch.setattr(decode, "record", lambda model, cache: partial(model.step, cache=cache))
+
+    def busy(n: int, n_slots: int = 32) -> float:
+        lengths, live = np.random.default_rng(0).lognormal(3.2, 0.45, n).astype(int).clip(5, 75), []
+
+        def script(logits, rows):
+            ends = [row is not None and len(row.sample.ids) + 1 >= lengths[int(questions[row.question])] for row in rows]
+            live.append(sum(row is not None for row in rows) / n_slots)
+            logits[:, EOS_ID] = torch.where(torch.tensor(ends), 1e9, -1e9)
+            return logits
+
+        questions = [str(i) for i in range(n)]
+        generate(model, tokenizer, questions, batch_size=n_slots, max_new_tokens=75, graph=True, calculator=False, process=script)
+        return sum(live) / len(live)
+
+    assert busy(2 * 32) < 0.65 and busy(8 * 32) > 0.78
+    rationales = run.batch_sizes(run.Config(device="cuda"), SIZES["base"], 80e9)[1]
+    assert selftrain.PART["cuda"] >= 8 * rationales
 
 
 def tighten(monkeypatch, name: str, size_of, most: int) -> list[int]:

@@ -214,14 +214,13 @@ def test_the_interval_holds_every_share_that_is_not_refuted(n_right, n):
             assert abs(share - p) == pytest.approx(1.96 * (p * (1 - p) / n) ** 0.5)
 
 
-def test_work_is_cut_without_loss_into_even_parts(monkeypatch):
+def test_work_is_cut_without_loss_into_even_parts():
     """The parts are dealt to processes and kept one by one; a question lost at a border would shift all rows after it."""
-    monkeypatch.setattr(selftrain, "PART", 10)
     for n in (0, 1, 7, 10, 11, 99):
-        for k in (1, 3, 20):
-            parts = cut(range(n), k)
+        for most in (10, 3, 1, 0):
+            parts = cut(range(n), most)
             assert [i for part in parts for i in part] == list(range(n))
-            assert all(len(part) * k <= max(10, k) for part in parts)
+            assert all(len(part) <= max(1, most) for part in parts)
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
@@ -671,3 +670,26 @@ def test_a_list_cut_anywhere_makes_the_model_again(base, tmp_path):
         sums.write_text("".join(sums.read_text().splitlines(keepends=True)[:kept]))
         stages.sft("warm-up/sft", SUMS[:3])
         assert path.read_bytes() == whole, kept
+
+
+def test_a_stage_goes_on_with_a_cut_of_its_own(base, tmp_path, monkeypatch):
+    """A GPU takes larger parts than a CPU, and a run may go on on another device. Part 1 of 5 under the name of part 1 of 3 would
+    shift all samples by a few questions, and each would be marked by another one's answer."""
+    fake = lambda *args, **named: [[SimpleNamespace(text=f"{q} #### 3", finished=True)] * named["n_samples"] for q in args[2]]
+    shelf, calls = Shelf(base, tmp_path), []
+
+    def stopped(*args, **named):
+        calls.append(args)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return fake(*args, **named)
+
+    monkeypatch.setitem(selftrain.PART, "cpu", 2)
+    monkeypatch.setattr(selftrain, "generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        shelf.stages.sample("samples", base, SUMS, 1)
+    monkeypatch.setattr(selftrain, "generate", fake)
+    assert len(list(tmp_path.glob("samples.parts/*"))) == 3
+    monkeypatch.setitem(selftrain.PART, "cpu", 4)
+    samples = shelf.stages.sample("samples", base, SUMS, 1)
+    assert samples == [[f"{problem.question} #### 3"] for problem in SUMS] and not list(tmp_path.glob("samples.parts"))
