@@ -59,14 +59,14 @@ def _parse_lines(path: str | Path, parse: Callable) -> list:
     parsed = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         try:
-            text = line.decode("utf-8-sig").strip()  # -sig: some editors begin a file with a byte order mark
-            if text:
+            if text := line.decode("utf-8-sig").strip():  # -sig: some editors begin a file with a byte order mark
                 row = json.loads(text)
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
                 parsed.append(parse(row))
         except (ValueError, OverflowError, RecursionError) as error:  # bad bytes, huge integers, endless brackets
-            raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from None  # msg: JSON's reason alone
+            reason = f"not a JSON object ({error.msg})" if hasattr(error, "msg") else error
+            raise ValueError(f"{path}, line {number}: {reason}") from None
     return parsed
 
 def _to_problem(row: dict) -> Problem:

@@ -59,6 +59,12 @@ def test_every_broken_line_is_refused_in_one_sentence_naming_file_and_line(tmp_p
         assert "\n" not in message and len(message) < len(str(tmp_path)) + 200, (line[:80], message)
 
 
+def test_a_file_of_another_kind_is_told_what_is_wanted(tmp_path):
+    """A table given by mistake is the commonest of wrong files; JSON's own "Expecting value" does not say of what."""
+    with pytest.raises(ValueError, match=r"line 1: not a JSON object \(Expecting value\)"):
+        load_text(tmp_path, "question,answer", "How many?,6")
+
+
 def test_three_spellings_give_the_same_problem(tmp_path):
     """Ours, GSM8K's own and the paper's split of it hold the same facts, so nothing may depend on the spelling."""
     rationale = "1,000+800 = <<1000+800=1800>>1800\n#### 1,800"
