@@ -4,7 +4,6 @@ Left out: how pairs are made (selftrain.py), other preference losses, label smoo
 
     python dpo.py        # one pair worked by hand"""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +29,7 @@ class PairExample:
     input_ids: tuple[int, ...]
     chosen: list[int]
     rejected: list[int]
-    reference_logps: tuple[float, float] = (math.nan, math.nan)
+    reference_logps: tuple[float, float] = (torch.nan, torch.nan)
 
     def __len__(self) -> int:
         return len(self.input_ids) + len(self.chosen) + len(self.rejected)
@@ -77,9 +76,8 @@ def add_reference_logps(reference: T5, pairs: Sequence[PairExample], schedule: S
     score_pairs = lambda model, pairs: torch.stack(sequence_logps(model, pairs), -1).tolist()
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]), reverse=True)  # that of micro_batches
     pieces = micro_batches([pairs[i] for i in order], schedule.micro_batch_tokens)
-    done = deal(pieces, Loss(reference.eval(), score_pairs, schedule.bf16), "reference")
-    scored = dict(zip(order, (logps for piece in done for logps in piece)))
-    return [replace(pair, reference_logps=tuple(scored[i])) for i, pair in enumerate(pairs)]
+    scores = dict(zip(order, sum(deal(pieces, Loss(reference.eval(), score_pairs, schedule.bf16), "reference"), [])))
+    return [replace(pair, reference_logps=tuple(scores[i])) for i, pair in enumerate(pairs)]
 
 @torch.no_grad()
 def score(loss: nn.Module, pairs: Sequence[PairExample], max_tokens: int) -> dict[str, float]:
@@ -96,14 +94,16 @@ def train_dpo(
     """Train the policy for n_steps optimiser steps; it is its own reference at the start. options: see `train`.
     Dropout stays off, so that policy and reference agree (in bf16 to some tenths of a nat) and the first loss is log 2.
     DIFFERS: rewards are also measured on held_out pairs; the authors' code scores pairs it trains on."""
-    pairs, held_out = add_reference_logps(policy, pairs, schedule), add_reference_logps(policy, held_out, schedule)
+    # Of more pairs than n_steps can visit some are drawn by lot: the others would be scored by the reference in vain.
+    lots = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(schedule.seed))[: n_steps * schedule.batch_size]
+    pairs = add_reference_logps(policy, [pairs[i] for i in sorted(lots.tolist())], schedule)
+    held_out = add_reference_logps(policy, held_out, schedule)
     watch = lambda loss: {f"held_out_{k}": v for k, v in score(loss, held_out, schedule.micro_batch_tokens).items()}
     loss_of = partial(pair_loss, beta=beta)
     return train(policy, pairs, n_steps, loss_of, lambda pair: 1, schedule, name, dropout=False, watch=watch, **options)
 
 if __name__ == "__main__":
-    logps = (torch.tensor([logp]) for logp in (-11.0, -14.0, -12.0, -13.0))
-    loss, chosen, rejected = dpo_loss(*logps, beta=0.1)
+    loss, chosen, rejected = dpo_loss(*map(torch.tensor, ([-11.0], [-14.0], [-12.0], [-13.0])), beta=0.1)
     print(f"log pi(chosen) -11, reference -12, beta 0.1: reward 0.1 * (-11 + 12) = {chosen.item():+.2f}")
     print(f"log pi(rejected) -14, reference -13:         reward 0.1 * (-14 + 13) = {rejected.item():+.2f}")
     print(f"loss: -log sigmoid({(chosen - rejected).item():.2f}) = {loss.item():.4f}; before training log 2 = 0.6931")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import dpo
 from dpo import (
     PairExample, PreferencePair, add_reference_logps, dpo_loss, make_pair_examples, pair_loss, score, sequence_logps,
     train_dpo,
@@ -296,6 +297,29 @@ def test_held_out_pairs_are_never_trained_on():
     with_them = train(random_model(), random_pairs(), random_pairs(1), n_steps=3, batch_size=4)
     without = train(random_model(), random_pairs(), n_steps=3, batch_size=4)
     assert same_bytes(weights(with_them), weights(without))
+
+
+def test_the_reference_scores_only_what_training_visits(monkeypatch):
+    """The paper trains 150 steps of 96 on up to 22,000 pairs: for the third that never comes the reference would work in vain.
+    What comes is drawn by lot, each pair once before any comes again; where there are steps enough nobody draws."""
+    pairs, scored, trained = random_pairs(), [], []
+    known = [pair.chosen for pair in pairs]
+    count = lambda model, pairs, schedule: scored.append(pairs) or add_reference_logps(model, pairs, schedule)
+    watch = lambda model, pairs, beta: trained.extend(pairs) or pair_loss(model, pairs, beta)
+    monkeypatch.setattr(dpo, "add_reference_logps", count)
+    monkeypatch.setattr(dpo, "pair_loss", watch)
+    drawn = set()
+    for seed in range(8):
+        scored.clear(), trained.clear()
+        train(random_model(), pairs, n_steps=2, batch_size=2, seed=seed)
+        ids = [known.index(pair.chosen) for pair in scored[0]]
+        assert len(ids) == 4 and sorted(known.index(pair.chosen) for pair in trained) == ids and scored[1] == []
+        drawn |= {*ids}
+    assert drawn == {*range(7)}
+    for n_steps in (4, 5, 9):  # 8, 10 and 18 places for 7 pairs
+        scored.clear(), trained.clear()
+        train(random_model(), pairs, n_steps=n_steps, batch_size=2)
+        assert scored[0] == pairs and {known.index(pair.chosen) for pair in trained} == {*range(7)}
 
 
 def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
