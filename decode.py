@@ -112,7 +112,7 @@ class KVCache:
         self.fixed, self.size, self.width = fixed, longest if fixed else self.BLOCK, source_length
         layer = lambda length, *n: like.new_zeros(*n, 2, n_slots, c.n_heads, length, c.d_kv)
         layers = lambda length: layer(length, c.n_layers) if fixed else [layer(length) for _ in range(c.n_layers)]
-        self.ring, self.cross = layers(self.size), layers(source_length)  # cross: by seat
+        self.ring, self.cross = layers(self.size), layers(source_length)  # (2, B, H, length, K) each; cross: by seat
         self.seats = list(range(n_slots))  # of the slots: where the question stands that this one answers
         self.births, self.source_lengths = like.new_zeros(2, n_slots, dtype=torch.long)  # of slots, in steps; of seats, in tokens
         self.clock = like.new_zeros(1, dtype=torch.long)  # step t is written to place t % size
@@ -126,7 +126,7 @@ class KVCache:
         self.seats[slot] = seat = min({*range(len(self.seats))} - {*self.seats}) if mate is None else self.seats[mate]
         self.source_lengths[seat] = source_length
         layers = self.ring, self.cross, questions
-        for ring, cross, question in [layers] if self.fixed else zip(*layers):  # fixed: few launches, however many layers
+        for ring, cross, question in [layers] if self.fixed else zip(*layers):  # fixed: all layers in one operator
             ring[..., slot, :, :, :] = 0  # nothing of the old tenant stays, not even masked
             if mate is None:
                 cross[..., seat, :, :, :] = F.pad(question[..., row, :, :source_length, :], (0, 0, 0, self.width - source_length))
@@ -277,7 +277,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(args.checkpoint, torch.bfloat16 if args.bf16 else torch.float32), Tokenizer(args.checkpoint)
     lines = sys.stdin if args.question == ["-"] else args.question or ["Tom has 12 boxes with 24 pens in each. How many is that?"]
-    questions = [line.encode("utf-8", "replace").decode().strip() for line in lines if line.strip()]  # bytes of no text: ?
+    questions = [line.encode("utf-8", "replace").decode().strip() for line in lines if line.strip()]  # undecodable bytes: ?
     marks = ("\033[7m", "\033[0m") if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("«", "»")
     for batch in [questions] if args.question else [questions, questions * 32]:
         began = time.perf_counter()

@@ -76,8 +76,8 @@ def add_reference_logps(reference: T5, pairs: Sequence[PairExample], schedule: S
     score_pairs = lambda model, pairs: torch.stack(sequence_logps(model, pairs), -1).tolist()
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]), reverse=True)  # that of micro_batches
     pieces = micro_batches([pairs[i] for i in order], schedule.micro_batch_tokens)
-    scores = dict(zip(order, sum(deal(pieces, Loss(reference.eval(), score_pairs, schedule.bf16), "reference"), [])))
-    return [replace(pair, reference_logps=tuple(scores[i])) for i, pair in enumerate(pairs)]
+    logps = dict(zip(order, sum(deal(pieces, Loss(reference.eval(), score_pairs, schedule.bf16), "reference"), [])))
+    return [replace(pair, reference_logps=tuple(logps[i])) for i, pair in enumerate(pairs)]
 
 @torch.no_grad()
 def score(loss: nn.Module, pairs: Sequence[PairExample], max_tokens: int) -> dict[str, float]:

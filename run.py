@@ -26,7 +26,7 @@ from data.sources import fetch_datasets, fetch_flan_t5
 from data.synthetic import OUT_OF_DOMAIN, TEST_SEED, make_problems
 from decode import free_memory
 from model import SIZES, T5Config, read_config
-from selftrain import Stages, accuracies, self_train
+from selftrain import PART, Stages, accuracies, self_train
 from sft import alone, deal, place, print_log
 from tokenizer import MAX_QUESTION, Tokenizer, format_rationale
 
@@ -163,7 +163,7 @@ def batch_sizes(config: Config, c: T5Config, free: float) -> tuple[int, int]:
     tokens = (0.9 * free - 16 * n_parameters / (n if config.shard else 1)) / (8 * c.vocab_size + 160 * c.n_layers * c.d_model)
     rationales = 0.5 * free / (4 * c.n_layers * width * (MAX_QUESTION + config.max_new_tokens))
     found = [1 << int(max(1, held)).bit_length() - 1 for held in (tokens, rationales)] if config.device == "cuda" else [2048, 96]
-    return config.micro_batch_tokens or min(found[0], 2**14 // n), config.decode_batch_size or min(found[1], 256)
+    return config.micro_batch_tokens or min(found[0], 2**14 // n), config.decode_batch_size or min(found[1], PART["cuda"] // 8)
 
 def report(config: Config, folder: RunFolder) -> str:
     """Gather the evaluations in results.json (%: accuracy, 95 % interval) and results.md; return the table, shaped as table 2."""

@@ -300,7 +300,7 @@ def test_held_out_pairs_are_never_trained_on():
 
 
 def test_the_reference_scores_only_what_training_visits(monkeypatch):
-    """The paper trains 150 steps of 96 on up to 22,000 pairs: for the third that never comes the reference would work in vain.
+    """The paper trains 150 steps of 96 on up to 19,100 pairs: for the quarter that never comes the reference would work in vain.
     What comes is drawn by lot, each pair once before any comes again; where there are steps enough nobody draws."""
     pairs, scored, trained = random_pairs(), [], []
     known = [pair.chosen for pair in pairs]

@@ -94,7 +94,7 @@ class Launches(TorchDispatchMode):
 
 def test_admitting_a_rationale_launches_as_little_in_a_deep_model_as_in_a_flat_one():
     """Between two replays the GPU waits while a finished slot is handed on, and a kernel for each layer there would add up. Where
-    no size changes all layers are one tensor, and a slot of it is written at once."""
+    no size changes all layers are one tensor, and one operator writes a slot of it."""
 
     def launched(n_layers: int, fixed: bool, mate: int | None = None) -> int:
         net = T5(replace(SIZES["tiny"], n_layers=n_layers)).eval()
@@ -127,7 +127,7 @@ def test_a_part_of_the_sampling_keeps_a_gpus_slots_busy(model, tokenizer, monkey
         generate(model, tokenizer, questions, batch_size=n_slots, max_new_tokens=75, graph=True, calculator=False, process=script)
         return sum(live) / len(live)
 
-    assert busy(2 * 32) < 0.65 and busy(8 * 32) > 0.78
+    assert busy(2 * 32) < 0.65 and busy(8 * 32) > 0.8
     rationales = run.batch_sizes(run.Config(device="cuda"), SIZES["base"], 80e9)[1]
     assert selftrain.PART["cuda"] >= 8 * rationales
 
@@ -189,7 +189,7 @@ def test_one_of_several_processes_does_not_try_again_alone(monkeypatch):
 ])  # fmt: skip
 def test_batch_sizes_follow_the_free_memory(monkeypatch, size, gigabytes, processes, expected):
     """What the formulas of README's "One GPU" need is free; all processes together take no more tokens than one batch of 96
-    has; and with as many places as a part of the sampling has rationales, none would ever be handed on. Powers of two, so that
+    has; and a part of the sampling has eight rationales for each place, which is handed on that often. Powers of two, so that
     a restart with a few bytes less free goes on with the same numbers."""
     monkeypatch.setattr(run, "place", lambda: (0, processes))
     c, config = SIZES[size], run.Config(size=size, device="cuda")

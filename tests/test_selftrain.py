@@ -675,7 +675,7 @@ def test_a_list_cut_anywhere_makes_the_model_again(base, tmp_path):
 def test_a_stage_goes_on_with_a_cut_of_its_own(base, tmp_path, monkeypatch):
     """A GPU takes larger parts than a CPU, and a run may go on on another device. Part 1 of 5 under the name of part 1 of 3 would
     shift all samples by a few questions, and each would be marked by another one's answer."""
-    fake = lambda *args, **named: [[SimpleNamespace(text=f"{q} #### 3", finished=True)] * named["n_samples"] for q in args[2]]
+    fake = lambda *args, **named: [[SimpleNamespace(text=f"{q} #### 3", finished=True)] for q in args[2]]
     shelf, calls = Shelf(base, tmp_path), []
 
     def stopped(*args, **named):
@@ -693,3 +693,9 @@ def test_a_stage_goes_on_with_a_cut_of_its_own(base, tmp_path, monkeypatch):
     monkeypatch.setitem(selftrain.PART, "cpu", 4)
     samples = shelf.stages.sample("samples", base, SUMS, 1)
     assert samples == [[f"{problem.question} #### 3"] for problem in SUMS] and not list(tmp_path.glob("samples.parts"))
+    calls.clear()
+    monkeypatch.setattr(selftrain, "generate", lambda *args, **named: calls.append(args) or fake(*args, **named))
+    monkeypatch.setattr(selftrain, "load_flan_t5", lambda *_: None)
+    on_gpu = Shelf(base, tmp_path / "gpu", replace(CONFIG, device="cuda")).stages
+    on_gpu.sample("samples", base, SUMS, 1), on_gpu.evaluate("evaluation", base, {"sums": SUMS})
+    assert [len(args[2]) for args in calls] == [10, 10, 10]
