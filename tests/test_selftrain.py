@@ -308,6 +308,17 @@ def test_pseudo_labels_are_capped_at_the_ninetieth_percentile():
     assert make_pseudo_labels(problems, [[]] * 10, WORDS) == []
 
 
+def test_where_few_questions_are_solved_the_cap_leaves_nothing_but_gold():
+    """The authors' rule, and a trap: with gold rationales at hand, a model that solves fewer than one question in ten adds no
+    pseudo-label at all, and every round's SFT is the warm-up again. Seen on a small checkpoint; README says how it looks."""
+    problems = [Problem(f"q{i}", 5.0, "gold #### 5") for i in range(100)]
+    for solved, found in ((9, 100), (20, 120)):
+        samples = [["another way #### 5"]] * solved + [["wrong #### 6"]] * (100 - solved)
+        assert len(make_pseudo_labels(problems, samples, WORDS)) == found
+    samples = [["another way #### 5"]] * 9 + [["wrong #### 6"]] * 91
+    assert len(make_pseudo_labels(problems, samples, WORDS, percentile=100)) == 109
+
+
 def random_world(rng) -> tuple[list[Problem], list[list[str]]]:
     """Questions with and without a gold rationale, and samples of few words, so that near duplicates are frequent."""
     richness = int(rng.integers(3, 13))
