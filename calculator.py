@@ -47,7 +47,7 @@ def rewrite(rationale: str) -> str:
     return re.sub(r"\[([^\[\]=]*)=[^\[\]]*\]", result, rationale)
 
 def evaluate(tokens: deque[str], depth: int, strength: int = 0) -> float:
-    """Take from the left an expression whose operators all bind more strongly; return its value, or raise ValueError."""
+    """Take from the left a sum, or with strength 1 a product, or with 2 a factor; return its value, or raise ValueError."""
     value = read_factor(tokens, depth)
     while tokens and OPERATORS.get(tokens[0], (0,))[0] > strength:
         stronger, apply = OPERATORS[tokens.popleft()]

@@ -122,7 +122,7 @@ class KVCache:
     def admit(self, slot: int, questions: Tensor, row: int, source_length: int, mate: int | None = None) -> None:
         """Give a slot to a new sequence. Its question is a row of `cross_keys_values`, source_length tokens long, and takes a
         seat of its own; or it is that of the slot `mate`, and both read the same keys and values."""
-        self.births[slot], self.seats[slot] = self.clock, -1
+        self.births[slot], self.seats[slot] = self.clock, -1  # its own seat may be free again; the lowest free one is taken
         self.seats[slot] = seat = min({*range(len(self.seats))} - {*self.seats}) if mate is None else self.seats[mate]
         self.source_lengths[seat] = source_length
         layers = self.ring, self.cross, questions
@@ -159,7 +159,7 @@ class KVCache:
         self.clock += 1
         seen = ages < (self.clock - self.births)[:, None]  # (B, size)
         numbers = defaultdict(itertools.count)  # queries on one seat stand in one row of the layout, one behind the other
-        behind = [next(numbers[seat]) for seat in self.seats]
+        behind = [next(numbers[seat]) for seat in self.seats]  # seats 0, 0, 1: behind 0, 1, 0, places 0, 1, 2
         self.n_seats, most = max(self.seats) + 1, max(behind) + 1
         places = [seat * most + n for seat, n in zip(self.seats, behind)] if self.seats != list(range(len(behind))) else None
         self.layout = Layout((self.n_seats, most), places=places and torch.tensor(places, device=seen.device))
@@ -270,13 +270,13 @@ def mark_forced(tokenizer: Tokenizer, sample: Sample, marks: tuple[str, str] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question", nargs="*", help="answer these, or - for one a line from standard input; none: measure batching")
-    parser.add_argument("--checkpoint", default=Path(__file__).parent / "data" / "tiny", help="a checkpoint folder")
+    parser.add_argument("--checkpoint", default=Path(__file__).parent / "data" / "tiny", help="default: data/tiny (single steps)")
     parser.add_argument("--samples", type=int, default=1, help="draw so many at temperature 0.7, and let them vote on the answer")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16: pays on a CPU with AVX-512 BF16 or AMX")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(args.checkpoint, torch.bfloat16 if args.bf16 else torch.float32), Tokenizer(args.checkpoint)
-    lines = sys.stdin if args.question == ["-"] else args.question or ["Tom has 12 boxes with 24 pens in each. How many is that?"]
+    lines = sys.stdin if args.question == ["-"] else args.question or ["Tom has 6 boxes with 24 pens in each. How many is that?"]
     questions = [line.encode("utf-8", "replace").decode().strip() for line in lines if line.strip()]  # undecodable bytes: ?
     marks = ("\033[7m", "\033[0m") if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("«", "»")
     for batch in [questions] if args.question else [questions, questions * 32]:

@@ -92,7 +92,7 @@ def train_dpo(
     schedule: Schedule, name: str = "DPO", **options,
 ) -> T5:  # fmt: skip
     """Train the policy for n_steps optimiser steps; it is its own reference at the start. options: see `train`.
-    Dropout stays off, so that policy and reference agree (in bf16 to some tenths of a nat) and the first loss is log 2.
+    Dropout stays off, so that policy and reference agree (in bf16 to tenths of a nat per rationale) and the first loss is log 2.
     DIFFERS: rewards are also measured on held_out pairs; the authors' code scores pairs it trains on."""
     # Of more pairs than n_steps can visit some are drawn by lot: the others would be scored by the reference in vain.
     lots = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(schedule.seed))[: n_steps * schedule.batch_size]

@@ -111,20 +111,20 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
         groups[item.metadata["group"]].add_argument("--" + item.name.replace("_", "-"), **how, help=item.metadata["help"] + default)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], parser.format_help().split(), 1, 0.7) or ["--help"]
-        parser.error(f"there is no {unknown[0]}; did you mean {near[0]}?")
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], parser.format_help().split(), 3, 0.7)
+        parser.error(f"there is no {unknown[0]}; did you mean {' or '.join({n: 0 for n in near if n[0] == '-'}) or '--help'}?")
     out, runs = (args := vars(args)).pop("out"), args.pop("report")
     if runs:  # by its path, for many an installed package brings a `tests` of its own
         sys.exit(runpy.run_path(f"{Path(__file__).parent}/tests/bench/report.py")["main"](runs + ["--out", str(out)] * bool(out)))
     for item in OPTIONS:
-        least = int(item.type is int and item.name not in ("seed", "limit", "rounds", "top_k"))
+        least = {"seed": 0, "limit": 0, "rounds": 0, "top_k": 0, "temperature": 0.01}.get(item.name, int(item.type is int))
         if args[item.name] is None:
             args[item.name] = item.metadata["tiny"] if args["size"] == "tiny" else item.default
         most = {"percentile": 100, "held_out": 0.5, "warmup_ratio": 1}.get(item.name, 2**31)
         if item.type in (int, float) and not (least <= args[item.name] <= most or args[item.name] == item.default):
             parser.error(f"--{item.name.replace('_', '-')} must be a number from {least} to {most}")
     names = {name for name, _, path in (test.partition("=") for test in args["test"]) if name and path}
-    if not bool(args["labeled"]) == bool(names) >= bool(args["unlabeled"]) or len(names) < len(args["test"]):
+    if bool(args["labeled"]) != bool(names) or args["unlabeled"] and not names or len(names) < len(args["test"]):
         parser.error("your own data: give --labeled FILE and --test NAME=FILE (each name once), and perhaps --unlabeled FILE")
     args["bf16"] |= args["device"] == "cuda"
     args["method"] = args["method"] or ("both" if args["size"] == "tiny" else "dpo-st")

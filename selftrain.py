@@ -98,7 +98,7 @@ def self_train(method: str, labeled: Sequence[Problem], unlabeled: Sequence[Prob
     labeled is L: problems with formatted rationales. unlabeled is U: its questions and answers are used, not its
     rationales. tests: lists of problems by name. config: run.Config. stages: a Stages, which does the work."""
     gold, known = {problem.question: problem.rationale for problem in labeled}, set(labeled)
-    unlabeled = [replace(problem, rationale=gold.get(problem.question)) for problem in unlabeled]
+    unlabeled = [replace(problem, rationale=gold.get(problem.question)) for problem in unlabeled]  # L's, to head the right ones
     drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # all rounds' samples, question by question
     drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]
     model = stages.sft("warm-up/sft", labeled)  # f' = SFT(f, L)
@@ -257,4 +257,4 @@ if __name__ == "__main__":
     print(problem.question, *(f"{'' if is_correct(text, 10) else 'in'}correct: {text}" for text in samples), sep="\n  ")
     pairs, labels = (make([problem], [samples], tokenizer) for make in (make_pairs, make_pseudo_labels))
     print("Preference pairs:", *(f"chosen: {pair.chosen}\n  rejected: {pair.rejected}" for pair in pairs), sep="\n  ")
-    print("Pseudo-labels:", *(label.rationale for label in labels), sep="\n  ")
+    print("Pseudo-labels (the second correct one is too like the first):", *(label.rationale for label in labels), sep="\n  ")

@@ -117,7 +117,7 @@ def train(
     watch(loss): more numbers for a logged step. progress: a Progress, or None for a training that cannot be continued.
     Raises: ValueError without items; FloatingPointError when the gradient is no longer finite."""
     if not items:
-        raise ValueError(f"{name}: there is nothing to train on")
+        raise ValueError(f"{name}: there is nothing to train on; a labeled problem needs a rationale")
     model.train(dropout)
     model.gradient_checkpointing = schedule.gradient_checkpointing
     (rank, n), (loss, apart) = place(), spread(Loss(model, loss_of, schedule.bf16), schedule.shard)
@@ -248,4 +248,4 @@ if __name__ == "__main__":
         logps = token_logps(model, model.encode(input_ids, attention_mask), attention_mask, labels)[0]
     for before, target, logp in zip(shift_right(labels)[0].tolist(), example.labels, logps.tolist()):
         print(f"  after {tokenizer.piece(before)!r:>8} -> {tokenizer.piece(target) or '</s>'!r:<8} log p = {logp:8.4f}")
-    print(f"loss (eq. 2) = -({logps.sum():.4f}) / {len(logps)} tokens = {-logps.mean():.4f}")
+    print(f"After 'How many are 2 + 3?': loss (eq. 2) = -({logps.sum():.4f}) / {len(logps)} tokens = {-logps.mean():.4f}")

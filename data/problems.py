@@ -62,10 +62,10 @@ def _parse_lines(path: str | Path, parse: Callable) -> list:
             if text := line.decode("utf-8-sig").strip():  # -sig: some editors begin a file with a byte order mark
                 row = json.loads(text)
                 if not isinstance(row, dict):
-                    raise ValueError("not a JSON object")
+                    raise ValueError("each line must be a JSON object")
                 parsed.append(parse(row))
         except (ValueError, OverflowError, RecursionError) as error:  # bad bytes, huge integers, endless brackets
-            reason = f"not a JSON object ({error.msg})" if hasattr(error, "msg") else error
+            reason = f"each line must be a JSON object ({error.msg})" if hasattr(error, "msg") else error
             raise ValueError(f"{path}, line {number}: {reason}") from None
     return parsed
 

@@ -61,7 +61,7 @@ def test_every_broken_line_is_refused_in_one_sentence_naming_file_and_line(tmp_p
 
 def test_a_file_of_another_kind_is_told_what_is_wanted(tmp_path):
     """A table given by mistake is the commonest of wrong files; JSON's own "Expecting value" does not say of what."""
-    with pytest.raises(ValueError, match=r"line 1: not a JSON object \(Expecting value\)"):
+    with pytest.raises(ValueError, match=r"line 1: each line must be a JSON object \(Expecting value\)"):
         load_text(tmp_path, "question,answer", "How many?,6")
 
 

@@ -409,6 +409,24 @@ def test_every_hyper_parameter_of_the_paper_is_a_flag_with_that_default():
     assert all("--" + item.name.replace("_", "-") in text for item in run.OPTIONS)
 
 
+@pytest.mark.parametrize("words, meant", [
+    ("--devise cpu", "--device"), ("--samples 5", "--st-samples or --sft-samples or --dpo-samples"), ("--no-calculater", "--no-calculator"),
+    ("--sft-learning=1e-3", "--sft-learning-rate"), ("base", "--help"), ("--xyz", "--help"),
+])  # fmt: skip
+def test_a_mistyped_option_is_answered_by_options_only(capsys, words, meant):
+    """Words of the help text are near, too: `run.py base` was asked whether it meant base."""
+    with pytest.raises(SystemExit):
+        run.parse_args(words.split())
+    assert f"there is no {words.split()[0]}; did you mean {meant}" in capsys.readouterr().err
+
+
+def test_sampling_at_temperature_0_is_refused(capsys):
+    """All samples of a question would be the same greedy text: no pair in it, so that DPO is skipped, hours later."""
+    with pytest.raises(SystemExit):
+        run.parse_args(["--temperature", "0"])
+    assert "--temperature must be a number from 0.01" in capsys.readouterr().err
+
+
 def test_the_paper_has_the_same_numbers_wherever_they_are_defaults():
     """Functions can be called without a Config: their defaults must not drift away from the documented ones."""
     config, _ = run.parse_args(["--size", "base", "--device", "cpu"])
