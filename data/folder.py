@@ -45,8 +45,8 @@ class RunFolder:
             raise ValueError(f"{stored} is damaged: {elsewhere}") from None
         names = [n for n in {**config, **before} if n not in may_change and (before.get(n) or 0) != (config.get(n) or 0)]  # 0: new
         if names:
-            changed = ", ".join(f"--{name.replace('_', '-')} {before.get(name) or 'off'}" for name in names)
-            raise ValueError(f"{self.path} holds a run with {changed}: repeat that, or choose another --out")
+            told = lambda n: "other problems" if "checksum" in n else f"--{n.replace('_', '-')} {before.get(n) or 'off'}"
+            raise ValueError(f"{self.path} holds a run with {', '.join(map(told, names))}: repeat that, or choose another --out")
         write_text(json.dumps(config, indent=2) + "\n", stored)
         self._list(sums)
         for path in (*self.path.rglob("*.parts"), *self.path.rglob("*.step-*"), *self.path.rglob("*.partial")):  # of a kill

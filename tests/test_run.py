@@ -314,7 +314,7 @@ def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path
     assert code == 0, words
     write_problems(test, [replace(shared, answer=50.0, rationale=None)])  # another file under the same name
     result = command(*files, "--allow-leakage")
-    assert result.returncode == 2 and "checksum-of-problems" in result.stderr and "another --out" in result.stderr
+    assert result.returncode == 2 and "a run with other problems" in result.stderr and "another --out" in result.stderr
 
 
 def test_a_large_model_on_a_cpu_says_first_what_it_will_take(tmp_path, monkeypatch, capsys):
