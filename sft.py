@@ -117,7 +117,7 @@ def train(
     watch(loss): more numbers for a logged step. progress: a Progress, or None for a training that cannot be continued.
     Raises: ValueError without items; FloatingPointError when the gradient is no longer finite."""
     if not items:
-        raise ValueError(f"{name}: there is nothing to train on; a labeled problem needs a rationale")
+        raise ValueError(f"{name}: there is nothing to train on; SFT needs rationales, DPO preference pairs")
     model.train(dropout)
     model.gradient_checkpointing = schedule.gradient_checkpointing
     (rank, n), (loss, apart) = place(), spread(Loss(model, loss_of, schedule.bf16), schedule.shard)
