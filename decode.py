@@ -270,7 +270,7 @@ def mark_forced(tokenizer: Tokenizer, sample: Sample, marks: tuple[str, str] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question", nargs="*", help="answer these, or - for one a line from standard input; none: measure batching")
-    parser.add_argument("--checkpoint", default=Path(__file__).parent / "data" / "tiny", help="checkpoint folder; default: data/tiny")
+    parser.add_argument("--checkpoint", default=Path(__file__).parent / "data" / "tiny", help="checkpoint folder (else data/tiny)")
     parser.add_argument("--samples", type=int, default=1, help="draw so many at temperature 0.7, and let them vote on the answer")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16: pays on a CPU with AVX-512 BF16 or AMX")
     args = parser.parse_args()
