@@ -52,7 +52,7 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Ten
     scores, ids = logits.float().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     cumulative = (scores / temperature).softmax(-1).cumsum(-1)  # (B, k)
     # The first id whose cumulative probability exceeds the noise; scaled, because the sum may round below 1.
-    choice = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
+    choice = torch.searchsorted(cumulative, noise[:, None].to(logits.device) * cumulative[:, -1:], right=True)
     return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1))[:, 0]
 
 class RowState:
@@ -154,7 +154,7 @@ class KVCache:
     def advance(self) -> tuple[Tensor, Tensor]:
         """Begin a step. Return the bias for the ring (B, H, 1, size) and for the questions (seats, 1, 1, width)."""
         place = self.clock % self.size  # (1,), where this step is written; a slice, if Python may know it, is four times as fast
-        self.place = place if self.fixed else slice(int(place), int(place) + 1)
+        self.place = place if self.fixed else slice(at := int(place), at + 1)
         ages = (self.clock - self.positions[: self.size]) % self.size  # of each place in this step; 0: written now
         self.clock += 1
         seen = ages < (self.clock - self.births)[:, None]  # (B, size)
@@ -245,7 +245,7 @@ def generate(
             logits = step(torch.tensor(last, device=model.device))
             logits = process(logits, rows) if process else logits
             noise = torch.tensor([row.noise[age] if row and temperature else 0.0 for row, age in zip(rows, ages)])
-            chosen = sample_next_token(logits, temperature, top_k, noise.to(model.device)).tolist()
+            chosen = sample_next_token(logits, temperature, top_k, noise).tolist()
             # 4. The calculator has the last word; finished rows leave.
             for slot in live:
                 row = rows[slot]

@@ -2,6 +2,10 @@
 
 import copy
 import itertools
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import decode
 import run
 import selftrain
+from conftest import ROOT
 from cuda_graph import play
 from data.problems import read_jsonl
 from decode import KVCache, generate
@@ -130,6 +135,47 @@ def test_a_part_of_the_sampling_keeps_a_gpus_slots_busy(model, tokenizer, monkey
     assert busy(2 * 32) < 0.65 and busy(8 * 32) > 0.8
     rationales = run.batch_sizes(run.Config(device="cuda"), SIZES["base"], 80e9)[1]
     assert selftrain.PART["cuda"] >= 8 * rationales
+
+
+@pytest.fixture(scope="module")
+def second() -> dict:
+    """What the bundled model writes and learns on the CPU and on `tests/second_device.py`, in a process of its own."""
+    command = [sys.executable, str(ROOT / "tests/second_device.py")]
+    process = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return json.loads(process.stdout)
+
+
+@pytest.mark.parametrize("task", ["greedy", "samples", "eager"])
+def test_on_a_device_of_its_own_a_model_writes_the_same(second, task):
+    """Ids, masks and noise begin on the CPU, and the calculator works there: one forgotten `.to` ends the first run on a GPU."""
+    assert second[task]["second"]["rows"] == second[task]["cpu"]["rows"] and second[task]["cpu"]["steps"] > 20
+
+
+def test_a_recorded_step_crosses_three_times(second):
+    """The GPU waits at each crossing: the last ids go up, the chosen ones come down, and noise goes up only where one samples.
+    Nothing else is asked for, but while questions are encoded (two groups here)."""
+    for task, up in (("greedy", 1), ("samples", 2)):
+        steps, crossings = second[task]["second"]["steps"], second[task]["second"]["crossings"]
+        assert crossings["down"] == steps and crossings["up"] == up * steps + 2 * 2
+    assert second["greedy"]["second"]["crossings"]["asked"] == second["samples"]["second"]["crossings"]["asked"] < 10
+
+
+@pytest.mark.parametrize("task", ["training", "training, checkpointed"])
+def test_on_a_device_of_its_own_a_model_learns_the_same(second, task):
+    """SFT, its restart from a file, the reference's scores and DPO, loss by loss and margin by margin."""
+    there, here = second[task]["second"], second[task]["cpu"]
+    assert [record["step"] for record in there] == [1, 2, 2, 3, 1, 2]
+    assert there[1] == there[2]  # once before the stop, once after it
+    for found, expected in zip(there, here):
+        assert found.keys() == expected.keys()
+        for key in expected.keys() - {"stage", "reward_accuracy"}:  # the accuracy of a first step counts roundings of 0
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+
+
+def test_the_second_device_refuses_what_cuda_refuses(second):
+    """The tests above can fail: a sum, an index, a choice and a stack of tensors of both devices end in CUDA's error."""
+    assert second["faults"] == [True] * 4
 
 
 def tighten(monkeypatch, name: str, size_of, most: int) -> list[int]:
