@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder of the pictures; default: figures/ in the first run's folder")
     args = parser.parse_args(argv)
     folders, kinds = [], defaultdict(list)
-    for folder in args.runs:
+    for folder in {path.resolve(): path for path in args.runs}.values():  # one that is named twice is one run
         if not (folder / "config.json").exists():
             print(f"{folder}: there is no run, left out", file=sys.stderr)
             continue
