@@ -180,8 +180,7 @@ def free_memory(device: torch.device) -> float:
 
 def record(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """`model.step` on a GPU as a CUDA graph: its several hundred kernels are recorded once, and from then on launched as one.
-    A recording repeats the same work on the same addresses, whoever sits in the slots: ids are copied in, logits are
-    overwritten, and the cache must be `fixed`."""
+    A recording repeats its work on the same addresses, so the cache must be `fixed`: ids are copied in, logits overwritten."""
     ids, graph = torch.zeros_like(cache.births), torch.cuda.CUDAGraph()
     model.step(ids, cache)  # what libraries do at their first call must not be recorded
     with torch.cuda.graph(graph):

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 START_ID = 0  # the decoder's first input: T5 starts from the padding id
 N_BUCKETS, MAX_DISTANCE = 32, 128  # of relative positions; in tokens, and all beyond share the last bucket
 PACK_FROM = 2**17  # numbers in a matrix
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape anew; with masks, NaN gradients (pytorch #196678)
 
 @dataclass(frozen=True)
 class T5Config:
@@ -44,9 +45,9 @@ SIZES = {  # d_model, d_ff, n_heads, n_layers
 }  # fmt: skip
 
 class RMSNorm(nn.RMSNorm):
-    """Scale x (..., D) to unit root mean square: no mean is subtracted and no bias added. Computed in fp32."""
+    """Scale x (..., D) to unit root mean square: no mean is subtracted and no bias added. In bf16, too, it is computed in fp32."""
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(self.weight.dtype)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 def relative_position_bucket(distance: Tensor, bidirectional: bool, n_buckets=N_BUCKETS, max_distance=MAX_DISTANCE) -> Tensor:
     """Sort signed distances (key position - query position, int64) into buckets 0..n_buckets-1, same shape.
