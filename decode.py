@@ -52,7 +52,7 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Ten
     scores, ids = logits.float().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     cumulative = (scores / temperature).softmax(-1).cumsum(-1)  # (B, k)
     # The first id whose cumulative probability exceeds the noise; scaled, because the sum may round below 1.
-    choice = torch.searchsorted(cumulative, noise[:, None].to(logits.device) * cumulative[:, -1:], right=True)
+    choice = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
     return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1))[:, 0]
 
 class RowState:
@@ -127,7 +127,7 @@ class KVCache:
         self.source_lengths[seat] = source_length
         layers = self.ring, self.cross, questions
         for ring, cross, question in [layers] if self.fixed else zip(*layers):  # fixed: all layers in one operator
-            ring[..., slot, :, :, :] = 0  # nothing of the old tenant stays, not even masked
+            ring[..., slot, :, :, :] = 0  # no old tenant's numbers stay, not even masked: 0 * NaN is NaN
             if mate is None:
                 cross[..., seat, :, :, :] = F.pad(question[..., row, :, :source_length, :], (0, 0, 0, self.width - source_length))
 
@@ -236,14 +236,14 @@ def generate(
             if len(live) <= 0.75 * len(rows) and not graph:
                 cache.keep(live)
                 rows, live = [rows[slot] for slot in live], list(range(len(live)))
-            # 3. One token for every slot.
+            # 3. One token for every slot. What a GPU needs goes up before the step: a copy later would wait for the step to end.
             ages = [len(row.sample.ids) if row else 0 for row in rows]
             last = [row.sample.ids[-1] if age else START_ID for row, age in zip(rows, ages)]
             if not graph:
                 cache.fit(max(ages), max(len(source_ids[rows[slot].question]) for slot in live))
+            noise = torch.tensor([r.noise[age] if r and temperature else 0.0 for r, age in zip(rows, ages)], device=model.device)
             logits = step(torch.tensor(last, device=model.device))
             logits = process(logits, rows) if process else logits
-            noise = torch.tensor([row.noise[age] if row and temperature else 0.0 for row, age in zip(rows, ages)])
             chosen = sample_next_token(logits, temperature, top_k, noise).tolist()
             # 4. The calculator has the last word; finished rows leave.
             for slot in live:

@@ -11,6 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WAITS = ("lift_fresh", "aten.item", "_local_scalar_dense", "nonzero", "aten.equal", "masked_select", "unique")
 
 
+def waits(operator, args: tuple) -> bool:
+    """Whether Python would have to wait for the GPU, to learn a number or how many there are, or brings it one."""
+    indices = args[1] if str(operator).startswith("aten.index.") else ()
+    by_mask = any(index is not None and index.dtype == torch.bool for index in indices)  # counts its True first
+    return by_mask or any(word in str(operator) for word in WAITS)
+
+
 class Graph:
     def __init__(self):
         self.calls, self.replays = [], 0
@@ -32,9 +39,7 @@ class Recording(TorchDispatchMode):
         self.graph = graph
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        indices = args[1] if str(function).startswith("aten.index.") else ()
-        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)  # counts its True first
-        if by_mask or any(word in str(function) for word in WAITS):
+        if waits(function, args):
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         result = function(*args, **(kwargs or {}))
         self.graph.calls.append((function, args, kwargs or {}, result))

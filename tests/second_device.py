@@ -1,8 +1,9 @@
 """A second device, written in Python: what would go wrong on a GPU because a tensor lies on the wrong side goes wrong here.
 
-Its tensors are CPU tensors in a wrapper. An operator that is given tensors of both devices is refused, as CUDA does, and every
-crossing is noted: `up` to the device, `down` from it, `asked` for a number. Run alone, for a process can have no other device
-beside it, nor get rid of it, it writes and trains with the bundled model on both devices and prints the results as JSON:
+Its tensors are CPU tensors in a wrapper. An operator that is given tensors of both devices is refused, as CUDA does (which would
+fetch an index, and wait: here that is refused too), and every crossing is noted: `up` to the device, `down` from it, `asked` for
+what Python must know. Run alone, because torch has room for one such device in a process and never forgets it, this writes and
+trains with the bundled model on both devices and prints the results as JSON:
 
     python tests/second_device.py
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch.library import Library, fallthrough_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import decode
+from cuda_graph import waits
 from data.folder import RunFolder
 from data.synthetic import make_problems
 from dpo import PreferencePair, make_pair_examples, train_dpo
@@ -53,18 +56,22 @@ class There(torch.Tensor):
 
 
 def dispatch(operator, args: tuple, kwargs: dict):
-    """Carry an operator out on the CPU, if all its tensors lie on one device or it is there to copy."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    """Carry an operator out on the CPU, if it copies, or if all its tensors lie on one device. Those that go element by element also
+    take single numbers from the CPU, but do not write them there."""
+    name, tensors = operator.name(), [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     theirs = {id(tensor.here): tensor for tensor in tensors if isinstance(tensor, There)}
     wanted = kwargs.get("device") and torch.device(kwargs["device"]).type
     to_second = wanted == "second" if wanted else bool(theirs)
-    if operator.name() in ("aten::_to_copy", "aten::copy_"):
-        source = args[operator.name() == "aten::copy_"]
-        to_second = isinstance(args[0], There) if operator.name() == "aten::copy_" else to_second
+    if name in ("aten::_to_copy", "aten::copy_"):
+        source = args[0]
+        if name == "aten::copy_":
+            to_second, source = isinstance(args[0], There), args[1]
         crossings["up" if to_second else "down"] += to_second != isinstance(source, There)
-    elif theirs and any(tensor.dim() and not isinstance(tensor, There) for tensor in tensors):
-        raise RuntimeError(f"{operator}: expected all tensors to be on the same device")
-    crossings["asked"] += operator.name() in ("aten::_local_scalar_dense", "aten::nonzero") and bool(theirs)
+    elif theirs:
+        numbers_too = torch.Tag.pointwise in operator.tags and not (operator._schema.is_mutable and not isinstance(args[0], There))
+        if any(not isinstance(tensor, There) and (tensor.dim() or not numbers_too) for tensor in tensors):
+            raise RuntimeError(f"{operator}: expected all tensors to be on the same device")
+        crossings["asked"] += waits(operator, args)
     if wanted == "second":
         kwargs = kwargs | {"device": "cpu"}
     result = operator(*pytree.tree_map_only(There, lambda tensor: tensor.here, args),
@@ -88,8 +95,8 @@ class Functions(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function is torch.Tensor.tolist:
             return function(args[0].cpu())
-        if function is torch.tensor and kwargs.get("device"):
-            return torch.tensor(*args).to(kwargs["device"])
+        if function is torch.tensor and (device := kwargs.pop("device", None)):
+            return torch.tensor(*args, **kwargs).to(device)
         if function is torch.Tensor.__getitem__ and isinstance(args[0], There):
             move = lambda index: torch.tensor(index).to(args[0].device) if isinstance(index, list) else index
             args = args[0], tuple(map(move, args[1])) if isinstance(args[1], tuple) else move(args[1])
@@ -99,6 +106,27 @@ class Functions(TorchFunctionMode):
 class Backend(backend_registration._DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
+
+
+def register() -> list[Library]:
+    """Make the second device known, and its autocast: like CUDA's, bf16 for products and fp32 for norms. Keep what is returned."""
+    backend_registration._setup_privateuseone_for_python_backend("second", backend_module=Backend())
+    key, others, aten = "AutocastPrivateUse1", Library("_", "IMPL"), Library("aten", "IMPL")
+    within = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def casting(operator, dtype: torch.dtype) -> Callable:
+        def run(*args, **kwargs):
+            with torch._C._ExcludeDispatchKeyGuard(within):
+                cast = lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                return operator(*pytree.tree_map_only(torch.Tensor, cast, args), **pytree.tree_map_only(torch.Tensor, cast, kwargs))
+
+        return run
+
+    others.fallback(fallthrough_kernel, key)
+    for name in ("linear", "matmul", "scaled_dot_product_attention", "rms_norm"):
+        dtype = torch.float32 if name == "rms_norm" else torch.bfloat16
+        aten.impl(name, casting(getattr(torch.ops.aten, name).default, dtype), key)
+    return [others, aten]
 
 
 def write(device: str, **options) -> dict:
@@ -115,7 +143,7 @@ def write(device: str, **options) -> dict:
 
 
 def learn(device: str, **options) -> list[dict]:
-    """Three steps of SFT, stopped before the second and gone on with from what was saved, and two steps of DPO."""
+    """Three steps of SFT, stopped after the second, which is not saved yet, and gone on with from the first; two steps of DPO."""
     tokenizer, problems, logs = Tokenizer(ROOT / "data/tiny"), make_problems(13, seed=6), []
     problems = [replace(problem, rationale=format_rationale(problem.rationale)) for problem in problems]
     pairs = make_pair_examples([PreferencePair(p.question, p.rationale, q.rationale) for p, q in zip(problems, problems[1:])], tokenizer)
@@ -134,7 +162,7 @@ def learn(device: str, **options) -> list[dict]:
             model = load_flan_t5(ROOT / "data/tiny", device=device)
             with suppress(InterruptedError):
                 train_sft(model, make_examples(problems, tokenizer), 1, schedule, log=log, progress=Progress(folder, "sft", 0))
-    train_dpo(model, pairs[:9], pairs[9:], 2, 0.1, schedule, log=logs.append)
+    train_dpo(model, pairs[:9], pairs[9:], 2, 0.1, replace(schedule, learning_rate=1e-4), log=logs.append)
     return logs
 
 
@@ -148,21 +176,26 @@ def refused(spoil: Callable) -> bool:
 
 
 def main() -> None:
-    backend_registration._setup_privateuseone_for_python_backend("second", backend_module=Backend())
+    libraries = register()  # before any gradient is computed: torch counts its devices then
     decode.record = lambda model, cache: partial(model.step, cache=cache)
     tasks = {
         "greedy": partial(write, graph=True), "samples": partial(write, graph=True, n_samples=3, temperature=0.7, seed=1),
         "eager": partial(write, graph=False, n_samples=3, temperature=0.7, seed=1),
-        "training": learn, "training, checkpointed": partial(learn, gradient_checkpointing=True),
+        "fp32": learn, "bf16": partial(learn, bf16=True), "checkpointed": partial(learn, bf16=True, gradient_checkpointing=True),
     }  # fmt: skip
     results = {name: {"cpu": task("cpu")} for name, task in tasks.items()}
     with Operators(), Functions():
         for name, task in tasks.items():
             results[name]["second"] = task("second")
         there, here = torch.zeros(3, device="second"), torch.zeros(3, dtype=torch.long)
-        faults = (lambda: there + here, lambda: there[here], lambda: torch.where(here > 0, there, there), lambda: torch.stack([there, here]))
-        results["faults"] = [refused(fault) for fault in faults]
+        faults = {
+            "a sum": lambda: there + here, "a choice": lambda: torch.where(here > 0, there, there), "an index": lambda: there[here],
+            "a stack of numbers": lambda: torch.stack([there[0], here[0]]), "a number to select by": lambda: there.index_select(0, here[0]),
+            "a number here that is added to": lambda: torch.zeros(()).add_(there[0]),
+        }  # fmt: skip
+        results["faults"] = {name: refused(fault) for name, fault in faults.items()}
     print(json.dumps(results))
+    del libraries
 
 
 if __name__ == "__main__":

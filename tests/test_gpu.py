@@ -138,8 +138,9 @@ def test_a_part_of_the_sampling_keeps_a_gpus_slots_busy(model, tokenizer, monkey
 
 
 def test_cudnns_attention_is_off():
-    """torch 2.11 and later choose it on an H100 wherever a mask needs no gradient. It plans each new shape anew, for 0.02 to 0.5 s
-    by others' reports, where every piece of a training has a shape of its own; and its gradients may be NaN (pytorch #196678)."""
+    """torch 2.11 and later choose it on an H100 where a mask needs no gradient: in DPO's cross-attention, in scoring, in decoding. It
+    plans each new shape anew, for 0.02 to 0.5 s by others' reports, and every piece of a training has a shape of its own; and its
+    gradients may be NaN (pytorch #196678)."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -147,7 +148,8 @@ def test_cudnns_attention_is_off():
 def second() -> dict:
     """What the bundled model writes and learns on the CPU and on `tests/second_device.py`, in a process of its own."""
     command = [sys.executable, str(ROOT / "tests/second_device.py")]
-    process = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # two devices are enough
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-2000:]
     return json.loads(process.stdout)
 
@@ -158,30 +160,36 @@ def test_on_a_device_of_its_own_a_model_writes_the_same(second, task):
     assert second[task]["second"]["rows"] == second[task]["cpu"]["rows"] and second[task]["cpu"]["steps"] > 20
 
 
-def test_a_recorded_step_crosses_three_times(second):
-    """The GPU waits at each crossing: the last ids go up, the chosen ones come down, and noise goes up only where one samples.
-    Nothing else is asked for, but while questions are encoded (two groups here)."""
-    for task, up in (("greedy", 1), ("samples", 2)):
+def test_a_step_sends_ids_and_noise_up_and_fetches_ids(second):
+    """At each crossing Python waits for the GPU, and then the GPU for Python. Nothing else is asked for, but while questions are
+    encoded (two groups here: their ids and masks; are all masks 1, and where not)."""
+    for task in ("greedy", "samples"):
         steps, crossings = second[task]["second"]["steps"], second[task]["second"]["crossings"]
-        assert crossings["down"] == steps and crossings["up"] == up * steps + 2 * 2
-    assert second["greedy"]["second"]["crossings"]["asked"] == second["samples"]["second"]["crossings"]["asked"] < 10
+        assert crossings == {"up": 2 * steps + 2 * 2, "down": steps, "asked": 3}
 
 
-@pytest.mark.parametrize("task", ["training", "training, checkpointed"])
-def test_on_a_device_of_its_own_a_model_learns_the_same(second, task):
-    """SFT, its restart from a file, the reference's scores and DPO, loss by loss and margin by margin."""
+@pytest.mark.parametrize("task, close", [("fp32", {"rel": 1e-3, "abs": 1e-4}), ("bf16", {"rel": 0.1, "abs": 0.05}),
+                                         ("checkpointed", {"rel": 0.1, "abs": 0.05})])  # fmt: skip
+def test_on_a_device_of_its_own_a_model_learns_the_same(second, task, close):
+    """SFT, its restart from a file, the reference's scores and DPO, loss by loss and margin by margin; in fp32, and as on a GPU in
+    bf16, where each side rounds other sums."""
     there, here = second[task]["second"], second[task]["cpu"]
     assert [record["step"] for record in there] == [1, 2, 2, 3, 1, 2]
     assert there[1] == there[2]  # once before the stop, once after it
     for found, expected in zip(there, here):
         assert found.keys() == expected.keys()
         for key in expected.keys() - {"stage", "reward_accuracy"}:  # the accuracy of a first step counts roundings of 0
-            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+            assert found[key] == pytest.approx(expected[key], **close), key
 
 
-def test_the_second_device_refuses_what_cuda_refuses(second):
-    """The tests above can fail: a sum, an index, a choice and a stack of tensors of both devices end in CUDA's error."""
-    assert second["faults"] == [True] * 4
+def test_gradient_checkpointing_changes_nothing_in_bf16_either(second):
+    """What runs again on the way back must run in the same autocast."""
+    assert second["checkpointed"]["second"] == second["bf16"]["second"]
+
+
+def test_the_second_device_refuses_tensors_of_two_devices(second):
+    """The tests above can fail. CUDA would refuse all of these but the index, which it would fetch and wait for."""
+    assert second["faults"] and all(second["faults"].values())
 
 
 def tighten(monkeypatch, name: str, size_of, most: int) -> list[int]:
@@ -303,8 +311,8 @@ def test_gpu_losses_are_those_of_the_cpu(on_gpu):
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [5, 64, 192])
 def test_gpu_gradients_are_those_of_the_cpu(on_gpu, length):
-    """Attention's kernels differ in what they can do: one knows no gradient of the position bias, one gives NaN at lengths of 64 and
-    192 (pytorch #196678). fp32 to rounding, bf16 to some percent of a matrix's norm."""
+    """Attention's kernels differ in what they can do: one knows no gradient of the position bias, others want multiples of 8 or pad.
+    fp32 to rounding, bf16 to some percent of a matrix's norm."""
     ids = [*range(2, length + 1), EOS_ID]
     examples = [Example(ids, ids[::-1][: length // 2] + [EOS_ID]), Example(ids[length // 2 :], ids)]
 
@@ -317,6 +325,7 @@ def test_gpu_gradients_are_those_of_the_cpu(on_gpu, length):
     for bf16, tolerance in ((False, 1e-3), (True, 0.1)):
         for name, found in gradients(on_gpu, bf16).items():
             assert (found - expected[name]).norm() <= tolerance * expected[name].norm(), (name, bf16)
+    on_gpu.zero_grad()
 
 
 @pytest.mark.gpu
