@@ -12,7 +12,7 @@ from conftest import ROOT
 from data.folder import RunFolder
 from data.problems import write_jsonl
 from run import Config, load_data
-from tests.bench import report
+from tests.bench import report, tallest
 
 CONFIG = Config(rounds=1, n_labeled=4, n_unlabeled=6, n_test=8, dpo_samples=5, sft_samples=3)
 
@@ -111,3 +111,12 @@ def test_pictures_are_drawn_or_it_is_said_what_they_need(run_folder, monkeypatch
     assert set(pictures) == {f"{name}.svg" for name in names} and len(list((run_folder / "figures").glob("*.png"))) == 5
     report.main()
     assert pictures == {path.name: path.read_bytes() for path in (run_folder / "figures").glob("*.svg")}
+
+
+def test_right_names_by_wrong_steps_are_told_apart(tmp_path):
+    """Four rationales, three with the right name, one of them by the right steps; where one is skipped, the name is luck."""
+    question = "Tom is taller than Ana. Ida is taller than Tom. Ben is shorter than Ida. Who is the tallest?"
+    steps = [f"{a} is taller than {b}, so {a} is the tallest." for a, b in (("Tom", "Ana"), ("Ida", "Tom"), ("Ida", "Ben"))]
+    texts = [" ".join(part) for part in ([*steps, "#### Ida"], [*steps[1:], "#### Ida"], [*steps[::-1], "#### Ida"], [*steps, "#### Tom"])]
+    write_jsonl([{"question": question, "answer": "Ida", "rationales": texts}], tmp_path / "samples.jsonl")
+    assert tallest.right_steps(tmp_path / "samples.jsonl") == pytest.approx(100 / 3)
