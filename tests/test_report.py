@@ -13,6 +13,7 @@ from data.folder import RunFolder
 from data.problems import write_jsonl
 from run import Config, load_data
 from tests.bench import report, tallest
+from tokenizer import format_rationale
 
 CONFIG = Config(rounds=1, n_labeled=4, n_unlabeled=6, n_test=8, dpo_samples=5, sft_samples=3)
 
@@ -28,9 +29,9 @@ def run_folder(tmp_path):
     def write(name, rows):
         folder.write(name, lambda path: write_jsonl(rows, path))
 
-    def evaluation(n_right):
+    def evaluation(n_right):  # the first one by the problem's own steps, the other right ones by none
         return [{"test": test, "calculator": on, "question": p.question, "answer": p.answer, "finished": [True],
-                 "rationales": [f"so. #### {p.answer if i < n_right else -1:g}"]}
+                 "rationales": [f"so. #### {p.answer if i < n_right else -1:g}" if i else format_rationale(p.rationale)]}
                 for test, on in (("held-out", True), ("held-out", False)) for i, p in enumerate(tests["held-out"])]  # fmt: skip
 
     def samples(n, right):
@@ -49,9 +50,11 @@ def run_folder(tmp_path):
 
 
 def test_measures_are_those_of_the_folder(run_folder):
-    """2 of 8, then 6 of 8; one of five samples right, then three of three; every rationale calls the calculator once."""
+    """2 of 8, then 6 of 8, of which one has the expected steps; one of five samples right, then three of three; every rationale calls the calculator once."""
     found = report.measure(run_folder)
     assert found["warm-up"]["held-out"] == 25.0 and found["dpo-st/round-1"]["held-out"] == 75.0
+    assert found["warm-up"]["right answers by the expected steps"] == 50.0
+    assert found["dpo-st/round-1"]["right answers by the expected steps"] == pytest.approx(100 / 6)
     stage = found["dpo-st/round-1"]
     assert stage["before: pass@1"] == pytest.approx(20) and stage["before: pass@3"] == pytest.approx(60)
     assert stage["after: pass@1"] == stage["after: pass@3"] == 100 and stage["before: cut at the limit"] == 0

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -22,7 +23,7 @@ from calculator import calculate
 from data.folder import RunFolder
 from data.problems import Problem, read_jsonl
 from selftrain import accuracies, extract_answer, is_correct, jaccard, make_pseudo_labels, pass_at_k
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, format_rationale
 
 COLORS = {"st": "#0072B2", "dpo-st": "#D55E00", "other": "#009E73", "third": "#CC79A7"}  # Okabe and Ito: for every eye
 LIMITS = set(run.MAY_CHANGE) - {"rounds", "method", "bf16"}  # of memory and time: runs that differ in them are of one kind
@@ -53,12 +54,17 @@ def config_of(stored: dict) -> run.Config:
     return run.Config(**{item.name: stored[item.name] for item in fields(run.Config) if item.name in stored})
 
 
-def steps_by_question(config: dict) -> dict[str, int]:
-    """How many steps the held-out problems of --size tiny take: they are made, not read."""
+def expected(config: dict) -> dict[str, list[str]]:
+    """The calculations by which the held-out problems of --size tiny are solved: they are made, not read."""
     if config["size"] != "tiny" or config["labeled"]:
         return {}
-    config = config_of(config)
-    return {problem.question: problem.rationale.count("<<") for problem in run.load_data(config)[2]["held-out"]}
+    problems = run.load_data(config_of(config))[2]["held-out"]
+    return {problem.question: calculations(format_rationale(problem.rationale)) for problem in problems}
+
+
+def calculations(rationale: str) -> list[str]:
+    """What stands in the brackets: `[ 2 + 3 = 5]` -> 2 + 3 = 5."""
+    return re.findall(r"\[ ([^\]]*)\]", rationale)
 
 
 def about_samples(rows: list[dict], tokenizer: Tokenizer, k: int) -> dict[str, float]:
@@ -85,15 +91,17 @@ def measure(path: Path) -> dict[str, dict[str, float]]:
     """All numbers of a run by stage: accuracies of the model that a round ends with, and how it came about."""
     folder, found = RunFolder(path), {}
     config = json.loads((path / "config.json").read_text())
-    steps, vocabulary = steps_by_question(config), path / "warm-up" / "sft"
+    steps, vocabulary = expected(config), path / "warm-up" / "sft"
     for stage in ("warm-up", *(f"{method}/round-{n + 1}" for method in NAMES for n in range(config["rounds"]))):
         numbers = {}
         if file := folder.find(f"{stage}/evaluation.jsonl"):
             rows = read_jsonl(file)
-            for n in (2, 3):
-                chosen = [row for row in rows if row["calculator"] and row["test"] == "held-out" and steps.get(row["question"]) == n]
-                rows = rows + [{**row, "test": f"{n} steps"} for row in chosen]
+            made = [row for row in rows if row["calculator"] and row["test"] == "held-out" and row["question"] in steps]
+            rows += [{**row, "test": f"{len(steps[row['question']])} steps"} for row in made]
             numbers |= {test: accuracy for test, (accuracy, _, _) in accuracies(rows).items()}
+            if right := [row for row in made if is_correct(row["rationales"][0], row["answer"])]:
+                same = [calculations(row["rationales"][0]) == steps[row["question"]] for row in right]
+                numbers["right answers by the expected steps"] = 100 * statistics.mean(same)
         for kind, title in (("samples-for-pairs", "before"), ("samples-for-labels", "after")):
             if file := folder.find(f"{stage}/{kind}.jsonl"):
                 rows, tokenizer = read_jsonl(file), Tokenizer(vocabulary)
