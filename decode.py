@@ -45,8 +45,8 @@ def uniform_noise(seed: int | str, question: str, sample: int, n: int) -> np.nda
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest))).random(n, dtype=np.float32)
 
 def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Tensor) -> Tensor:
-    """Choose one id per row: logits (B, V), noise (B,) in [0, 1) -> ids (B,) int64.
-    temperature is dimensionless, 0 is greedy. top_k 0 keeps the whole vocabulary."""
+    """Choose one id per row: logits (B, V), noise (B,) in [0, 1), on the same device -> ids (B,) int64.
+    temperature is dimensionless, 0 is greedy and needs no noise. top_k 0 keeps the whole vocabulary."""
     if temperature == 0:  # on a CPU numpy finds the largest of 32,128 seven times as fast as torch
         return torch.from_numpy(logits.float().numpy().argmax(-1)) if logits.is_cpu else logits.argmax(-1)
     scores, ids = logits.float().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
@@ -127,7 +127,7 @@ class KVCache:
         self.source_lengths[seat] = source_length
         layers = self.ring, self.cross, questions
         for ring, cross, question in [layers] if self.fixed else zip(*layers):  # fixed: all layers in one operator
-            ring[..., slot, :, :, :] = 0  # no old tenant's numbers stay, not even masked: 0 * NaN is NaN
+            ring[..., slot, :, :, :] = 0  # the old tenant's numbers go, though they are masked: 0 * NaN is NaN
             if mate is None:
                 cross[..., seat, :, :, :] = F.pad(question[..., row, :, :source_length, :], (0, 0, 0, self.width - source_length))
 
@@ -236,12 +236,12 @@ def generate(
             if len(live) <= 0.75 * len(rows) and not graph:
                 cache.keep(live)
                 rows, live = [rows[slot] for slot in live], list(range(len(live)))
-            # 3. One token for every slot. What a GPU needs goes up before the step: a copy later would wait for the step to end.
+            # 3. One token for every slot. Ids and noise go to a GPU before the step: a copy behind it would wait for its end.
             ages = [len(row.sample.ids) if row else 0 for row in rows]
             last = [row.sample.ids[-1] if age else START_ID for row, age in zip(rows, ages)]
             if not graph:
                 cache.fit(max(ages), max(len(source_ids[rows[slot].question]) for slot in live))
-            noise = torch.tensor([r.noise[age] if r and temperature else 0.0 for r, age in zip(rows, ages)], device=model.device)
+            noise = torch.tensor([r.noise[a] if r else 0.0 for r, a in zip(rows, ages)] if temperature else [], device=model.device)
             logits = step(torch.tensor(last, device=model.device))
             logits = process(logits, rows) if process else logits
             chosen = sample_next_token(logits, temperature, top_k, noise).tolist()

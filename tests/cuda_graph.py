@@ -13,7 +13,7 @@ WAITS = ("lift_fresh", "aten.item", "_local_scalar_dense", "nonzero", "aten.equa
 
 def waits(operator, args: tuple) -> bool:
     """Whether Python would have to wait for the GPU, to learn a number or how many there are, or brings it one."""
-    indices = args[1] if str(operator).startswith("aten.index.") else ()
+    indices = args[1] if str(operator).startswith(("aten.index.", "aten.index_put")) else ()
     by_mask = any(index is not None and index.dtype == torch.bool for index in indices)  # counts its True first
     return by_mask or any(word in str(operator) for word in WAITS)
 

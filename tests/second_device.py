@@ -56,8 +56,8 @@ class There(torch.Tensor):
 
 
 def dispatch(operator, args: tuple, kwargs: dict):
-    """Carry an operator out on the CPU, if it copies, or if all its tensors lie on one device. Those that go element by element also
-    take single numbers from the CPU, but do not write them there."""
+    """Carry an operator out on the CPU, if it copies, or if all its tensors lie on one device. Element-wise operators also accept
+    single numbers from the CPU, but may not write to one."""
     name, tensors = operator.name(), [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     theirs = {id(tensor.here): tensor for tensor in tensors if isinstance(tensor, There)}
     wanted = kwargs.get("device") and torch.device(kwargs["device"]).type
@@ -66,9 +66,10 @@ def dispatch(operator, args: tuple, kwargs: dict):
         source = args[0]
         if name == "aten::copy_":
             to_second, source = isinstance(args[0], There), args[1]
-        crossings["up" if to_second else "down"] += to_second != isinstance(source, There)
+        crossings["up" if to_second else "down"] += to_second != isinstance(source, There) and source.numel() > 0
     elif theirs:
-        numbers_too = torch.Tag.pointwise in operator.tags and not (operator._schema.is_mutable and not isinstance(args[0], There))
+        here_written = operator._schema.is_mutable and not isinstance(kwargs.get("out", args[0]), There)
+        numbers_too = torch.Tag.pointwise in operator.tags and not here_written
         if any(not isinstance(tensor, There) and (tensor.dim() or not numbers_too) for tensor in tensors):
             raise RuntimeError(f"{operator}: expected all tensors to be on the same device")
         crossings["asked"] += waits(operator, args)
@@ -109,7 +110,8 @@ class Backend(backend_registration._DummyBackendModule):
 
 
 def register() -> list[Library]:
-    """Make the second device known, and its autocast: like CUDA's, bf16 for products and fp32 for norms. Keep what is returned."""
+    """Make the second device known, and its autocast for the operators that T5 needs: bf16 for products, fp32 for norms. What is
+    returned must live as long as they shall."""
     backend_registration._setup_privateuseone_for_python_backend("second", backend_module=Backend())
     key, others, aten = "AutocastPrivateUse1", Library("_", "IMPL"), Library("aten", "IMPL")
     within = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -176,7 +178,7 @@ def refused(spoil: Callable) -> bool:
 
 
 def main() -> None:
-    libraries = register()  # before any gradient is computed: torch counts its devices then
+    _libraries = register()  # before any gradient is computed: torch counts its devices then
     decode.record = lambda model, cache: partial(model.step, cache=cache)
     tasks = {
         "greedy": partial(write, graph=True), "samples": partial(write, graph=True, n_samples=3, temperature=0.7, seed=1),
@@ -195,7 +197,6 @@ def main() -> None:
         }  # fmt: skip
         results["faults"] = {name: refused(fault) for name, fault in faults.items()}
     print(json.dumps(results))
-    del libraries
 
 
 if __name__ == "__main__":

@@ -138,8 +138,8 @@ def test_a_part_of_the_sampling_keeps_a_gpus_slots_busy(model, tokenizer, monkey
 
 
 def test_cudnns_attention_is_off():
-    """torch 2.11 and later choose it on an H100 where a mask needs no gradient: in DPO's cross-attention, in scoring, in decoding. It
-    plans each new shape anew, for 0.02 to 0.5 s by others' reports, and every piece of a training has a shape of its own; and its
+    """torch 2.11 and later choose it on an H100 where a mask needs no gradient: in cross-attention, in scoring, in decoding. It plans
+    each new shape anew, for 0.02 to 0.55 s by others' reports, and every piece of a training has a shape of its own; and its
     gradients may be NaN (pytorch #196678)."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
@@ -160,26 +160,32 @@ def test_on_a_device_of_its_own_a_model_writes_the_same(second, task):
     assert second[task]["second"]["rows"] == second[task]["cpu"]["rows"] and second[task]["cpu"]["steps"] > 20
 
 
-def test_a_step_sends_ids_and_noise_up_and_fetches_ids(second):
-    """At each crossing Python waits for the GPU, and then the GPU for Python. Nothing else is asked for, but while questions are
-    encoded (two groups here: their ids and masks; are all masks 1, and where not)."""
-    for task in ("greedy", "samples"):
+def test_a_step_sends_ids_up_and_fetches_ids_and_needs_noise_where_one_samples(second):
+    """Each copy makes Python wait for the GPU, and afterwards the GPU wait for Python. Beyond these, two groups of questions go up,
+    with their masks, and three things are asked about them: are all masks 1 (twice), and where not (once)."""
+    for task, up in (("greedy", 1), ("samples", 2)):
         steps, crossings = second[task]["second"]["steps"], second[task]["second"]["crossings"]
-        assert crossings == {"up": 2 * steps + 2 * 2, "down": steps, "asked": 3}
+        assert crossings == {"up": up * steps + 2 * 2, "down": steps, "asked": 3}
 
 
-@pytest.mark.parametrize("task, close", [("fp32", {"rel": 1e-3, "abs": 1e-4}), ("bf16", {"rel": 0.1, "abs": 0.05}),
-                                         ("checkpointed", {"rel": 0.1, "abs": 0.05})])  # fmt: skip
-def test_on_a_device_of_its_own_a_model_learns_the_same(second, task, close):
+@pytest.mark.parametrize("task", ["fp32", "bf16", "checkpointed"])
+def test_on_a_device_of_its_own_a_model_learns_the_same(second, task):
     """SFT, its restart from a file, the reference's scores and DPO, loss by loss and margin by margin; in fp32, and as on a GPU in
-    bf16, where each side rounds other sums."""
+    bf16, where each side rounds other sums: losses to a hundredth, what is a difference or a norm of such to a tenth."""
     there, here = second[task]["second"], second[task]["cpu"]
     assert [record["step"] for record in there] == [1, 2, 2, 3, 1, 2]
     assert there[1] == there[2]  # once before the stop, once after it
     for found, expected in zip(there, here):
         assert found.keys() == expected.keys()
         for key in expected.keys() - {"stage", "reward_accuracy"}:  # the accuracy of a first step counts roundings of 0
-            assert found[key] == pytest.approx(expected[key], **close), key
+            coarse = {"rel": 0.02, "abs": 0} if "loss" in key else {"rel": 0.1, "abs": 0.05}
+            assert found[key] == pytest.approx(expected[key], **({"rel": 1e-3, "abs": 1e-4} if task == "fp32" else coarse)), key
+
+
+def test_the_trainings_in_bf16_are_in_bf16(second):
+    """An autocast that does nothing would make the test above easy."""
+    for device in ("cpu", "second"):
+        assert all(a["loss"] != b["loss"] for a, b in zip(second["fp32"][device][:4], second["bf16"][device][:4]))
 
 
 def test_gradient_checkpointing_changes_nothing_in_bf16_either(second):
@@ -311,8 +317,8 @@ def test_gpu_losses_are_those_of_the_cpu(on_gpu):
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [5, 64, 192])
 def test_gpu_gradients_are_those_of_the_cpu(on_gpu, length):
-    """Attention's kernels differ in what they can do: one knows no gradient of the position bias, others want multiples of 8 or pad.
-    fp32 to rounding, bf16 to some percent of a matrix's norm."""
+    """Attention's kernels differ in what they can do: cuDNN's knows no gradient of the position bias and gave NaN at lengths of 64
+    and 192 (pytorch #196678), others pad to multiples of 8. fp32 to rounding, bf16 to some percent of a matrix's norm."""
     ids = [*range(2, length + 1), EOS_ID]
     examples = [Example(ids, ids[::-1][: length // 2] + [EOS_ID]), Example(ids[length // 2 :], ids)]
 

@@ -50,11 +50,12 @@ def run_folder(tmp_path):
 
 
 def test_measures_are_those_of_the_folder(run_folder):
-    """2 of 8, then 6 of 8, of which one has the expected steps; one of five samples right, then three of three; every rationale calls the calculator once."""
+    """2 of 8, then 6 of 8, of which one has the expected steps; one of five samples right, then three of three; every rationale
+    calls the calculator once."""
     found = report.measure(run_folder)
     assert found["warm-up"]["held-out"] == 25.0 and found["dpo-st/round-1"]["held-out"] == 75.0
-    assert found["warm-up"]["right answers by the expected steps"] == 50.0
-    assert found["dpo-st/round-1"]["right answers by the expected steps"] == pytest.approx(100 / 6)
+    assert found["warm-up"][report.EXPECTED] == 50.0
+    assert found["dpo-st/round-1"][report.EXPECTED] == pytest.approx(100 / 6)
     stage = found["dpo-st/round-1"]
     assert stage["before: pass@1"] == pytest.approx(20) and stage["before: pass@3"] == pytest.approx(60)
     assert stage["after: pass@1"] == stage["after: pass@3"] == 100 and stage["before: cut at the limit"] == 0
@@ -116,10 +117,29 @@ def test_pictures_are_drawn_or_it_is_said_what_they_need(run_folder, monkeypatch
     assert pictures == {path.name: path.read_bytes() for path in (run_folder / "figures").glob("*.svg")}
 
 
-def test_right_names_by_wrong_steps_are_told_apart(tmp_path):
-    """Four rationales, three with the right name, one of them by the right steps; where one is skipped, the name is luck."""
+def test_right_names_by_wrong_steps_are_told_apart(tmp_path, capsys):
+    """Four rationales, three with the right name, one of them by the right steps; where one is skipped, the name is luck. A run in
+    which no name is right is no error, nor one that is not finished; one of other problems is, for it would count as all wrong."""
     question = "Tom is taller than Ana. Ida is taller than Tom. Ben is shorter than Ida. Who is the tallest?"
     steps = [f"{a} is taller than {b}, so {a} is the tallest." for a, b in (("Tom", "Ana"), ("Ida", "Tom"), ("Ida", "Ben"))]
     texts = [" ".join(part) for part in ([*steps, "#### Ida"], [*steps[1:], "#### Ida"], [*steps[::-1], "#### Ida"], [*steps, "#### Tom"])]
-    write_jsonl([{"question": question, "answer": "Ida", "rationales": texts}], tmp_path / "samples.jsonl")
-    assert tallest.right_steps(tmp_path / "samples.jsonl") == pytest.approx(100 / 3)
+
+    def write(name: str, **row) -> None:
+        rows = [{"question": question, "answer": "Ida", "rationales": texts, "finished": [True, True, True, False], **row}]
+        write_jsonl(rows, tmp_path / name)
+
+    write("a/samples-for-pairs.jsonl")
+    write("b/samples-for-pairs.jsonl", rationales=texts[3:], finished=[False])
+    write("b/st/evaluation.jsonl")
+    tallest.compare([tmp_path / "a", tmp_path / "b"])
+    assert capsys.readouterr().out.splitlines() == [
+        "samples-for-pairs.jsonl", "  cut at the limit: 62.5 % (25.0, 100.0)", "  right name, of those that end: 100.0 % (100.0, none)",
+        "  right steps, of those with the right name: 33.3 % (33.3, none)",
+        "st/evaluation.jsonl", "  cut at the limit: 25.0 % (25.0)", "  right name, of those that end: 100.0 % (100.0)",
+        "  right steps, of those with the right name: 33.3 % (33.3)",
+    ]  # fmt: skip
+    write("b/st/evaluation.jsonl", question="How many are 2 + 3?", answer=5.0)
+    with pytest.raises(ValueError, match="is of other problems: 'How many are"):
+        tallest.compare([tmp_path / "b"])
+    with pytest.raises(SystemExit, match="name the folders of runs"):
+        tallest.compare([tmp_path / "nothing"])

@@ -28,6 +28,7 @@ from tokenizer import Tokenizer, format_rationale
 COLORS = {"st": "#0072B2", "dpo-st": "#D55E00", "other": "#009E73", "third": "#CC79A7"}  # Okabe and Ito: for every eye
 LIMITS = set(run.MAY_CHANGE) - {"rounds", "method", "bf16"}  # of memory and time: runs that differ in them are of one kind
 NAMES = {"st": "ST", "dpo-st": "DPO-ST"}
+EXPECTED = "by the calculations of the problem's own rationale"
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t by n - 1
 
 
@@ -63,7 +64,7 @@ def expected(config: dict) -> dict[str, list[str]]:
 
 
 def calculations(rationale: str) -> list[str]:
-    """What stands in the brackets: `[ 2 + 3 = 5]` -> 2 + 3 = 5."""
+    """What stands in the brackets, as written and in this order: `[ 2 + 3 = 5]` -> 2 + 3 = 5."""
     return re.findall(r"\[ ([^\]]*)\]", rationale)
 
 
@@ -97,11 +98,12 @@ def measure(path: Path) -> dict[str, dict[str, float]]:
         if file := folder.find(f"{stage}/evaluation.jsonl"):
             rows = read_jsonl(file)
             made = [row for row in rows if row["calculator"] and row["test"] == "held-out" and row["question"] in steps]
+            made.sort(key=lambda row: len(steps[row["question"]]))
             rows += [{**row, "test": f"{len(steps[row['question']])} steps"} for row in made]
             numbers |= {test: accuracy for test, (accuracy, _, _) in accuracies(rows).items()}
             if right := [row for row in made if is_correct(row["rationales"][0], row["answer"])]:
                 same = [calculations(row["rationales"][0]) == steps[row["question"]] for row in right]
-                numbers["right answers by the expected steps"] = 100 * statistics.mean(same)
+                numbers[EXPECTED] = 100 * statistics.mean(same)
         for kind, title in (("samples-for-pairs", "before"), ("samples-for-labels", "after")):
             if file := folder.find(f"{stage}/{kind}.jsonl"):
                 rows, tokenizer = read_jsonl(file), Tokenizer(vocabulary)
@@ -130,8 +132,10 @@ def table(title: str, runs: list[dict], stages: list[str], columns: list[str], d
 
 def print_tables(runs: list[dict]) -> None:
     stages = list(dict.fromkeys(stage for found in runs for stage in found))
-    names = list(dict.fromkeys(name for found in runs for name in found["warm-up"]))
+    names = list(dict.fromkeys(name for found in runs for name in found["warm-up"] if name != EXPECTED))
     table(f"Greedy accuracy in %, mean ± standard deviation over {len(runs)} runs:", runs, stages, names)
+    if any(EXPECTED in numbers for found in runs for numbers in found.values()):
+        table("Right held-out answers, in % of these:", runs, stages, [EXPECTED])
     for when in ("before", "after"):
         rows = [{s: {n.removeprefix(f"{when}: "): v for n, v in numbers.items() if n.startswith(when)} for s, numbers in r.items()} for r in runs]
         columns = list(dict.fromkeys(name for found in rows for numbers in found.values() for name in numbers))

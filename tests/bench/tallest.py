@@ -3,7 +3,7 @@
     python -m tests.bench.tallest runs/tallest-data
     python run.py --labeled runs/tallest-data/labeled.jsonl --unlabeled runs/tallest-data/unlabeled.jsonl \\
         --test tallest=runs/tallest-data/test.jsonl --out runs/tallest
-    python -m tests.bench.tallest --steps runs/tallest ...      # how many rationales with the right name have the right steps
+    python -m tests.bench.tallest --steps runs/tallest ...      # do they end, and have those with the right name the right steps?
 """
 
 import random
@@ -13,7 +13,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from data.folder import RunFolder
 from data.problems import Problem, read_jsonl, write_jsonl
 from data.synthetic import BOYS, GIRLS
 from selftrain import is_correct
@@ -43,24 +42,39 @@ def make_problem(rng: random.Random) -> Problem:
     return Problem(question, answer, rationale)
 
 
-def right_steps(path: Path) -> float:
-    """Of the rationales in a list of samples that end in the right name, the share in % with the right steps, no more and no fewer."""
-    right = [(row["question"], text) for row in read_jsonl(path) for text in row["rationales"] if is_correct(text, row["answer"])]
-    return 100 * statistics.mean(text == format_rationale(solve(question)[0]) for question, text in right)
+def look_at(path: Path) -> dict[str, float | None]:
+    """What the rationales in a file of samples or an evaluation are like, in %; None where there are none of that kind. Right steps
+    are `solve`'s to the letter. Raises ValueError if the problems are others."""
+    rows = read_jsonl(path)
+    if wrong := [row["question"] for row in rows if solve(row["question"])[1] != row["answer"]]:
+        raise ValueError(f"{path} is of other problems: {wrong[0]!r:.60}")
+    texts = [(row, text, ended) for row in rows for text, ended in zip(row["rationales"], row["finished"], strict=True)]
+    named = [(row["question"], text) for row, text, _ in texts if is_correct(text, row["answer"])]
+    share = lambda found: 100 * statistics.mean(found) if found else None
+    return {
+        "cut at the limit": share([not ended for *_, ended in texts]),
+        "right name, of those that end": share([is_correct(text, row["answer"]) for row, text, ended in texts if ended]),
+        "right steps, of those with the right name": share([text == format_rationale(solve(question)[0]) for question, text in named]),
+    }
 
 
-def count_steps(runs: list[RunFolder]) -> None:
-    """One line for each list of samples and evaluation: `right_steps`, run by run."""
-    names = [line.split()[1] for line in (runs[0].path / "sha256sums.txt").read_text().splitlines()]
-    for name in names:
-        if name.endswith(("samples-for-pairs.jsonl", "samples-for-labels.jsonl", "evaluation.jsonl")):
-            shares = [right_steps(path) for run in runs if (path := run.find(name))]
-            print(f"{name}: {statistics.mean(shares):.1f} % ({', '.join(f'{share:.1f}' for share in shares)})")
+def compare(paths: list[Path]) -> None:
+    """`look_at` each file of samples and each evaluation that any of these runs has finished: means, and run by run."""
+    files = [[*path.glob("**/samples-for-*.jsonl"), *path.glob("**/evaluation.jsonl")] for path in paths]
+    if not any(files):
+        sys.exit("tallest: there are neither samples nor evaluations: name the folders of runs")
+    for name in sorted({str(file.relative_to(path)) for path, found in zip(paths, files) for file in found}):
+        print(name)
+        runs = [look_at(path / name) for path in paths if (path / name).exists()]
+        for measure in runs[0]:
+            known = [run[measure] for run in runs if run[measure] is not None]
+            listed = ", ".join("none" if run[measure] is None else f"{run[measure]:.1f}" for run in runs)
+            print(f"  {measure}: {f'{statistics.mean(known):.1f} % ' if known else ''}({listed})")
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--steps"] and sys.argv[2:]:
-        return count_steps([RunFolder(Path(path)) for path in sys.argv[2:]])
+        return compare([Path(path) for path in sys.argv[2:]])
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     folder, rng = Path(sys.argv[1]), random.Random(0)
@@ -71,4 +85,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"tallest: {error}")
