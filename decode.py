@@ -247,8 +247,7 @@ def generate(
             chosen = sample_next_token(logits, temperature, top_k, noise).tolist()
             # 4. The calculator has the last word; finished rows leave.
             for slot in live:
-                row = rows[slot]
-                row.take(chosen[slot])
+                (row := rows[slot]).take(chosen[slot])
                 if row.sample.finished or len(row.sample.ids) == max_new_tokens:
                     row.sample.text = tokenizer.decode(row.sample.ids)
                     results[row.question][row.number], rows[slot] = row.sample, None
@@ -267,7 +266,7 @@ def mark_forced(tokenizer: Tokenizer, sample: Sample, marks: tuple[str, str] = (
     return text.strip()
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("question", nargs="*", help="answer these, or - for one a line from standard input; none: measure batching")
     parser.add_argument("--checkpoint", default=Path(__file__).parent / "data" / "tiny", help="checkpoint folder (else data/tiny)")
     parser.add_argument("--samples", type=int, default=1, help="draw so many at temperature 0.7, and let them vote on the answer")

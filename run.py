@@ -28,7 +28,7 @@ from decode import free_memory
 from model import SIZES, T5Config, read_config
 from selftrain import PART, Stages, accuracies, self_train
 from sft import alone, deal, place, print_log
-from tokenizer import MAX_QUESTION, Tokenizer, format_rationale
+from tokenizer import MAX_QUESTION, MAX_RATIONALE, UNKNOWN_ID, Tokenizer, format_rationale
 
 TESTS = ("GSM8K", "MultiArith", "ASDiv", "SVAMP")
 HOURS = {"small": 0.0015, "base": 0.0053, "large": 0.017, "xl": 0.064, "xxl": 0.25}  # per question and round: README
@@ -208,8 +208,10 @@ def main() -> None:
     alone(lambda: folder.open({**asdict(config), "checksum_of_problems": checksum}, MAY_CHANGE))
     log = lambda record: (print_log(record), folder.log(record)) if rank == 0 else None
     if rank == 0:
+        texts, most = [tokenizer.encode(problem.rationale) for problem in labeled], min(MAX_RATIONALE, config.max_new_tokens)
         print(f"Flan-T5 {config.size} on {n} x {config.device}: {len(labeled)} labeled, {len(unlabeled)} unlabeled -> {out}\n"
-              f"At a time: {tokens} tokens in training, {rationales} rationales in decoding")  # fmt: skip
+              f"At a time: {tokens} tokens in training, {rationales} rationales in decoding\nRationales over {most} tokens: "
+              f"{sum(len(t) > most for t in texts)}, with unknown signs: {sum(UNKNOWN_ID in t for t in texts)}")  # fmt: skip
     for method in ("st", "dpo-st") if config.method == "both" else (config.method,):
         model = self_train(method, labeled, unlabeled, tests, config, Stages(base, tokenizer, config, folder, log))
     if rank == 0:
@@ -231,7 +233,7 @@ if __name__ == "__main__":
             problem = f"another process has ended, or needs more than --timeout ({problem[:150]}); the same command continues"
         elif isinstance(error, RuntimeError):
             raise
-        elif getattr(error, "errno", None):  # the system refused something: disk full, no right to write
+        elif getattr(error, "errno", None) and not isinstance(error, BrokenPipeError):  # disk full, no right to write
             advice = ": mend that, and the same command continues"
         print(f"run.py: {problem}{advice}", file=sys.stderr)
     if place()[1] > 1:  # out by the back door: on the usual way gloo's threads often abort the process (pytorch #179291)

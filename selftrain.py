@@ -29,9 +29,8 @@ Samples = Sequence[Sequence[str]]  # the rationales that were drawn, question by
 
 def extract_answer(rationale: str) -> float | None:
     """The last `#### NUMBER` as a number, None when there is none. Source: authors' code, eval_sampling.py."""
-    found = ANSWER.findall(rationale)
     try:
-        answer = float(found[-1].replace(",", ""))
+        answer = float(ANSWER.findall(rationale)[-1].replace(",", ""))
     except (IndexError, ValueError):
         return None
     return answer if math.isfinite(answer) else None

@@ -135,11 +135,11 @@ def test_right_names_by_wrong_steps_are_told_apart(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "samples-for-pairs.jsonl", "  cut at the limit: 62.5 % (25.0, 100.0)", "  right name, of those that end: 100.0 % (100.0, none)",
         "  right steps, of those with the right name: 33.3 % (33.3, none)",
-        "st/evaluation.jsonl", "  cut at the limit: 25.0 % (25.0)", "  right name, of those that end: 100.0 % (100.0)",
-        "  right steps, of those with the right name: 33.3 % (33.3)",
+        "st/evaluation.jsonl", "  cut at the limit: 25.0 %", "  right name, of those that end: 100.0 %",
+        "  right steps, of those with the right name: 33.3 %",
     ]  # fmt: skip
     write("b/st/evaluation.jsonl", question="How many are 2 + 3?", answer=5.0)
     with pytest.raises(ValueError, match="is of other problems: 'How many are"):
         tallest.compare([tmp_path / "b"])
-    with pytest.raises(SystemExit, match="name the folders of runs"):
-        tallest.compare([tmp_path / "nothing"])
+    with pytest.raises(ValueError, match="nothing has neither samples nor an evaluation: name the folders of runs"):
+        tallest.compare([tmp_path / "a", tmp_path / "nothing"])

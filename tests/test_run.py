@@ -301,6 +301,17 @@ def test_your_own_problems_with_answers_in_words(tmp_path):
     assert len(read_jsonl(tmp_path / "run/dpo-st/round-1/samples-for-pairs.jsonl")) == 4
 
 
+def test_what_a_model_cannot_learn_to_write_is_counted_before_it_is_trained(tmp_path):
+    """A rationale longer than what is ever written has no end, an answer with a sign that the vocabulary lacks cannot be spelled: the
+    accuracy of 0 that follows would be a riddle."""
+    names = [("Ana", "She is.\n#### Ana"), ("Ana", "She is. " * 20 + "\n#### Ana"), ("Zoë", "She is.\n#### Zoë")]
+    labeled = [Problem(f"Who is number {i}?", answer, rationale) for i, (answer, rationale) in enumerate(names)]
+    files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled)]
+    files += ["--test", f"who={write_problems(tmp_path / 't.jsonl', [Problem('Who?', 'Ana')])}"]
+    result = command(*files, *OWN, "--rounds", 0, "--out", tmp_path / "run")
+    assert "Rationales over 30 tokens: 1, with unknown signs: 1\n" in result.stdout, result.stderr
+
+
 def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path):
     """A score on questions that were trained on says nothing; found after a week of training it is too late."""
     shared = Problem("How many are 2 + 3?", 5.0, "2 + 3 = <<2+3=5>>5\n#### 5")

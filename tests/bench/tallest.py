@@ -47,7 +47,7 @@ def look_at(path: Path) -> dict[str, float | None]:
     are `solve`'s to the letter. Raises ValueError if the problems are others."""
     rows = read_jsonl(path)
     if wrong := [row["question"] for row in rows if solve(row["question"])[1] != row["answer"]]:
-        raise ValueError(f"{path} is of other problems: {wrong[0]!r:.60}")
+        raise ValueError(f"{path} is of other problems: {wrong[0][:60]!r}")
     texts = [(row, text, ended) for row in rows for text, ended in zip(row["rationales"], row["finished"], strict=True)]
     named = [(row["question"], text) for row, text, _ in texts if is_correct(text, row["answer"])]
     share = lambda found: 100 * statistics.mean(found) if found else None
@@ -59,17 +59,19 @@ def look_at(path: Path) -> dict[str, float | None]:
 
 
 def compare(paths: list[Path]) -> None:
-    """`look_at` each file of samples and each evaluation that any of these runs has finished: means, and run by run."""
-    files = [[*path.glob("**/samples-for-*.jsonl"), *path.glob("**/evaluation.jsonl")] for path in paths]
-    if not any(files):
-        sys.exit("tallest: there are neither samples nor evaluations: name the folders of runs")
-    for name in sorted({str(file.relative_to(path)) for path, found in zip(paths, files) for file in found}):
-        print(name)
+    """`look_at` each file of samples and each evaluation that any of these runs has finished: the mean, and (run by run)."""
+    files = {path: sorted([*path.glob("**/samples-for-*.jsonl"), *path.glob("**/evaluation.jsonl")]) for path in paths}
+    for path in (path for path in paths if not files[path]):
+        raise ValueError(f"{path} has neither samples nor an evaluation: name the folders of runs")
+    names = {str(file.relative_to(path)) for path in paths for file in files[path]}
+    for name in sorted(names, key=lambda name: (not name.startswith("warm-up"), name)):
         runs = [look_at(path / name) for path in paths if (path / name).exists()]
+        print(name)
         for measure in runs[0]:
             known = [run[measure] for run in runs if run[measure] is not None]
             listed = ", ".join("none" if run[measure] is None else f"{run[measure]:.1f}" for run in runs)
-            print(f"  {measure}: {f'{statistics.mean(known):.1f} % ' if known else ''}({listed})")
+            mean = f"{statistics.mean(known):.1f} %" if known else "none"
+            print(f"  {measure}: {mean}" + f" ({listed})" * (len(runs) > 1))
 
 
 def main() -> None:
@@ -82,10 +84,11 @@ def main() -> None:
     for name, part in (("labeled", problems[:150]), ("unlabeled", problems[150:900]), ("test", problems[900:1900])):
         rows = map(asdict, part)
         write_jsonl(({**row, "rationale": None} for row in rows) if name != "labeled" else rows, folder / f"{name}.jsonl")
+        print(f"{folder / name}.jsonl: {len(part)} problems")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"tallest: {error}")
