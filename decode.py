@@ -104,19 +104,20 @@ class KVCache:
     def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int, fixed: bool = False):
         c, like = model.config, model.shared.weight.detach()
         longest, free = -(-max_new_tokens // self.BLOCK) * self.BLOCK, free_memory(like.device)
-        wanted = 2 * c.n_layers * n_slots * c.n_heads * c.d_kv * (longest + source_length) * like.itemsize
+        self.fixed, self.size = fixed, longest if fixed else self.BLOCK
+        self.width = -(-source_length // 8) * 8 if fixed else source_length  # GPUs copy masks of other widths, in each layer
+        wanted = 2 * c.n_layers * n_slots * c.n_heads * c.d_kv * (longest + self.width) * like.itemsize
         if wanted > free:
             advice = f"use a batch size of at most {most}" if (most := int(0.8 * free / wanted * n_slots)) else "none fits"
             needed = f"need {wanted / 2**20:,.0f} MiB for keys and values, {free / 2**20:,.0f} are free"
             raise torch.OutOfMemoryError(f"{n_slots} rationales at a time {needed}: {advice}")
-        self.fixed, self.size, self.width = fixed, longest if fixed else self.BLOCK, source_length
         layer = lambda length, *n: like.new_zeros(*n, 2, n_slots, c.n_heads, length, c.d_kv)
         layers = lambda length: layer(length, c.n_layers) if fixed else [layer(length) for _ in range(c.n_layers)]
-        self.ring, self.cross = layers(self.size), layers(source_length)  # (2, B, H, length, K) each; cross: by seat
+        self.ring, self.cross = layers(self.size), layers(self.width)  # (2, B, H, length, K) each; cross: by seat
         self.seats = list(range(n_slots))  # of the slots: where the question stands that this one answers
         self.births, self.source_lengths = like.new_zeros(2, n_slots, dtype=torch.long)  # of slots, in steps; of seats, in tokens
         self.clock = like.new_zeros(1, dtype=torch.long)  # step t is written to place t % size
-        self.positions = torch.arange(max(longest, source_length), device=like.device)
+        self.positions = torch.arange(max(longest, self.width), device=like.device)
         self.bias = model.decoder.position_bias(-self.positions[None])  # (1, H, 1, ages)
 
     def admit(self, slot: int, questions: Tensor, row: int, source_length: int, mate: int | None = None) -> None:

@@ -139,8 +139,7 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, l
     elif config.size == "tiny":
         train = make_problems(config.n_labeled + config.n_unlabeled, seed=f"run {config.seed}")
         labeled, unlabeled = train[: config.n_labeled], train[config.n_labeled :]
-        seen = {problem.question for problem in train}
-        tests = {"held-out": make_problems(config.n_test, seed=TEST_SEED, exclude=seen)}
+        tests = {"held-out": make_problems(config.n_test, seed=TEST_SEED, exclude={problem.question for problem in train})}
         tests |= {family: make_problems(config.n_test // 4, TEST_SEED, families=(family,)) for family in OUT_OF_DOMAIN}
     else:
         folder = deal([None], fetch_datasets)[0]

@@ -87,6 +87,18 @@ def test_a_step_never_looks_at_a_number():
         assert len(cache.ring) == 12 and cache.ring[0].is_meta and cache.ring[0].shape == (2, 5, 12, 64, 64)
 
 
+def test_a_recorded_steps_masks_need_no_copy(monkeypatch):
+    """Attention on a GPU reads masks whose rows begin at multiples of 8 numbers; it pads others first, so copies them, in every
+    layer (pytorch #104310). Questions of 17 tokens are given 24 places."""
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+    note = lambda *args, **options: masks.append(args[3]) or attention(*args, **options)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    with torch.device("meta"), torch.inference_mode():
+        net = T5(SIZES["tiny"]).eval().bfloat16()
+        net.step(torch.zeros(5, dtype=torch.long), KVCache(net, 5, 40, 17, fixed=True))
+    assert [mask.shape[-1] for mask in masks] == [64, 24] * 2 and {mask.dtype for mask in masks} == {torch.bfloat16}
+
+
 class Launches(TorchDispatchMode):
     """Count the operators that would each start a kernel."""
 
