@@ -97,8 +97,8 @@ class KVCache:
     same place of a ring at each step and share one row of position bias; a mask hides from each slot what is older than its
     sequence. A finished slot goes to the next question at once, without moving the others. Each slot reads its question on a seat;
     samples of one question share that. fixed: no size ever changes, as `record` needs it.
-    Memory in numbers: at most 2 * n_layers * n_slots * H * K * (max_new_tokens rounded up to whole blocks + source_length), and two
-    layers' share while sizes change. Raises torch.OutOfMemoryError, before any work, if it cannot fit."""
+    Memory in numbers: at most 2 * n_layers * n_slots * H * K * (max_new_tokens in whole blocks + source_length, if fixed in whole
+    eights), and two layers' share while sizes change. Raises torch.OutOfMemoryError, before any work, if it cannot fit."""
     BLOCK = 32  # the ring grows and shrinks by so many positions
 
     def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int, fixed: bool = False):

@@ -45,7 +45,7 @@ SIZES = {  # d_model, d_ff, n_heads, n_layers
 }  # fmt: skip
 
 class RMSNorm(nn.RMSNorm):
-    """Scale x (..., D) to unit root mean square: no mean is subtracted and no bias added. In bf16, too, it is computed in fp32."""
+    """Scale x (..., D) to unit root mean square: no mean is subtracted, no bias added; in fp32, also for bf16. As in torch."""
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 

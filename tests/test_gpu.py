@@ -89,7 +89,7 @@ def test_a_step_never_looks_at_a_number():
 
 def test_a_recorded_steps_masks_need_no_copy(monkeypatch):
     """Attention on a GPU reads masks whose rows begin at multiples of 8 numbers; it pads others first, so copies them, in every
-    layer (pytorch #104310). Questions of 17 tokens are given 24 places."""
+    layer (preprocess_mask in torch's attention.cpp). Questions of 17 tokens are given 24 places."""
     masks, attention = [], torch.nn.functional.scaled_dot_product_attention
     note = lambda *args, **options: masks.append(args[3]) or attention(*args, **options)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
@@ -183,7 +183,7 @@ def test_a_step_sends_ids_up_and_fetches_ids_and_needs_noise_where_one_samples(s
 @pytest.mark.parametrize("task", ["fp32", "bf16", "checkpointed"])
 def test_on_a_device_of_its_own_a_model_learns_the_same(second, task):
     """SFT, its restart from a file, the reference's scores and DPO, loss by loss and margin by margin; in fp32, and as on a GPU in
-    bf16, where each side rounds other sums: losses to a hundredth, what is a difference or a norm of such to a tenth."""
+    bf16, where each side rounds other sums: losses to a fiftieth, rewards and gradients to a tenth."""
     there, here = second[task]["second"], second[task]["cpu"]
     assert [record["step"] for record in there] == [1, 2, 2, 3, 1, 2]
     assert there[1] == there[2]  # once before the stop, once after it
