@@ -1,109 +1,142 @@
 """Direct preference optimisation (Rafailov et al., 2023; paper, section 2, eq. 5), written by hand.
 
-Left out: how pairs are made (selftrain.py), other preference losses, label smoothing.
+Left out: how pairs are made (selftrain.py), other preference losses, label smoothing, and pairs that
+are held out to be scored only.
 
-    python dpo.py        # one pair worked by hand"""
+    python dpo.py        # one pair worked by hand
+"""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import T5
-from sft import IGNORE, Loss, Schedule, deal, micro_batches, place, token_logps, train
+from sft import IGNORE, Schedule, token_logps, train
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
+
 
 @dataclass(frozen=True)
 class PreferencePair:
     """A question, a rationale that reaches its answer, and one that does not."""
+
     question: str
     chosen: str
     rejected: str
 
+
 @dataclass(frozen=True)
 class PairExample:
-    """A preference pair as ids, each ending in EOS, and the reference's log-probabilities of chosen and rejected."""
-    input_ids: tuple[int, ...]
+    """A preference pair as ids, each text ending in EOS."""
+
+    input_ids: list[int]
     chosen: list[int]
     rejected: list[int]
-    reference_logps: tuple[float, float] = (torch.nan, torch.nan)
+    weight: int = 1  # eq. 5 is a mean over pairs
 
     def __len__(self) -> int:
-        return len(self.input_ids) + len(self.chosen) + len(self.rejected)
+        # Both rationales stand in one batch, the shorter one padded.
+        return len(self.input_ids) + 2 * max(len(self.chosen), len(self.rejected))
+
 
 def make_pair_examples(pairs: Sequence[PreferencePair], tokenizer: Tokenizer) -> list[PairExample]:
-    """Encode preference pairs; their reference log-probabilities come later."""
-    encode, most = tokenizer.encode, MAX_RATIONALE
-    return [PairExample(tuple(encode(p.question, MAX_QUESTION)), encode(p.chosen, most), encode(p.rejected, most)) for p in pairs]
+    """Encode preference pairs."""
+    examples = []
+    for pair in pairs:
+        input_ids = tokenizer.encode(pair.question, MAX_QUESTION)
+        chosen = tokenizer.encode(pair.chosen, MAX_RATIONALE)
+        rejected = tokenizer.encode(pair.rejected, MAX_RATIONALE)
+        examples.append(PairExample(input_ids, chosen, rejected))
+    return examples
+
 
 def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
     """log pi(y|x) of the chosen and of the rejected rationales, each (B,) fp32.
-    A SUM over target tokens, EOS included and padding excluded: the loss compares whole rationales, so a mean would favour
-    long ones. Nothing is shifted here: the decoder's inputs already are. Every distinct question is encoded once."""
-    questions = list(dict.fromkeys(pair.input_ids for pair in pairs))
-    input_ids, attention_mask = (t.to(model.device) for t in pad_batch([list(ids) for ids in questions]))
-    rows = torch.tensor([questions.index(pair.input_ids) for pair in pairs] * 2, device=model.device)  # (2B,)
-    labels, _ = pad_batch([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], IGNORE)
-    states = model.encode(input_ids, attention_mask)
-    logps = token_logps(model, states[rows], attention_mask[rows], labels.to(model.device)).sum(-1)  # (2B,)
-    return logps.chunk(2)
+
+    It is a SUM over a rationale's tokens, EOS included and padding excluded: the log-probability of the
+    whole text. Nothing is shifted here, the decoder's inputs already are. Each question is encoded once
+    for both of its rationales.
+    """
+    input_ids, mask = pad_batch([pair.input_ids for pair in pairs], model.device)
+    rationales = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    labels, _ = pad_batch(rationales, model.device, IGNORE)  # (2B, T)
+    states = model.encode(input_ids, mask)  # (B, S, D)
+    states = torch.cat([states, states])
+    mask = torch.cat([mask, mask])
+    logps = token_logps(model, states, mask, labels).sum(-1)  # (2B,)
+    return logps[: len(pairs)], logps[len(pairs) :]
+
 
 def dpo_loss(
-    chosen_logps: Tensor, rejected_logps: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, chosen rewards and rejected rewards per pair, from four log-probabilities per pair, all (B,).
 
-        r(y|x) = beta * (log pi(y|x) - log pi_ref(y|x)),    loss = -log sigmoid(r(y_w|x) - r(y_l|x))
-    Source: paper, section 2, eq. 5."""
+        r(y|x) = beta * (log pi(y|x) - log pi_ref(y|x))
+        loss = -log sigmoid(r(y_w|x) - r(y_l|x))
+
+    Source: paper, section 2, eq. 5.
+    """
     chosen_rewards = beta * (chosen_logps - reference_chosen)
     rejected_rewards = beta * (rejected_logps - reference_rejected)
-    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return losses, chosen_rewards, rejected_rewards
 
-def pair_loss(model: T5, pairs: Sequence[PairExample], beta: float) -> dict[str, Tensor]:
-    """The loss of some pairs and the numbers that explain it, each summed over the pairs."""
-    reference = torch.tensor([pair.reference_logps for pair in pairs], device=model.device)  # (B, 2)
-    losses, chosen, rejected = dpo_loss(*sequence_logps(model, pairs), *reference.unbind(-1), beta)
-    margin, right = chosen - rejected, (chosen > rejected).float()
-    rewards = {"chosen_rewards": chosen, "rejected_rewards": rejected, "reward_margin": margin, "reward_accuracy": right}
-    return {name: value.sum() for name, value in {"loss": losses, **rewards}.items()}
 
-@torch.no_grad()
-def add_reference_logps(reference: T5, pairs: Sequence[PairExample], schedule: Schedule) -> list[PairExample]:
-    """Score every pair with the reference once, before training, dropout off: no second model is held afterwards."""
-    score_pairs = lambda model, pairs: torch.stack(sequence_logps(model, pairs), -1).tolist()
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]), reverse=True)  # that of micro_batches
-    pieces = micro_batches([pairs[i] for i in order], schedule.micro_batch_tokens)
-    logps = dict(zip(order, sum(deal(pieces, Loss(reference.eval(), score_pairs, schedule.bf16), "reference"), [])))
-    return [replace(pair, reference_logps=tuple(logps[i])) for i, pair in enumerate(pairs)]
+def pair_loss(
+    policy: T5, pairs: Sequence[PairExample], reference: T5, beta: float
+) -> dict[str, Tensor]:
+    """Eq. 5 for some pairs, and the numbers that explain it, each summed over the pairs."""
+    with torch.no_grad():
+        reference_chosen, reference_rejected = sequence_logps(reference, pairs)
+    chosen, rejected = sequence_logps(policy, pairs)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen, rejected, reference_chosen, reference_rejected, beta
+    )
+    return {
+        "loss": losses.sum(),
+        "chosen_rewards": chosen_rewards.sum(),
+        "rejected_rewards": rejected_rewards.sum(),
+        "reward_margin": (chosen_rewards - rejected_rewards).sum(),
+        "reward_accuracy": (chosen_rewards > rejected_rewards).float().sum(),
+    }
 
-@torch.no_grad()
-def score(loss: nn.Module, pairs: Sequence[PairExample], max_tokens: int) -> dict[str, float]:
-    """Mean loss, rewards, margin and accuracy over pairs, without training on them; {} without pairs."""
-    pieces = micro_batches(pairs, max_tokens)
-    turns = pieces + pieces[:1] * (-len(pieces) % place()[1])  # as many for every process: a sharded model asks for it
-    terms = deal(turns, lambda piece: {key: value.item() for key, value in loss(piece).items()})[: len(pieces)]
-    return {key: sum(term[key] for term in terms) / len(pairs) for key in terms[0]} if terms else {}
 
 def train_dpo(
-    policy: T5, pairs: Sequence[PairExample], held_out: Sequence[PairExample], n_steps: int, beta: float,
-    schedule: Schedule, name: str = "DPO", **options,
-) -> T5:  # fmt: skip
-    """Train the policy for n_steps optimiser steps; it is its own reference at the start. options: see `train`.
-    Dropout stays off, so that policy and reference agree (in bf16 to tenths of a nat per rationale) and the first loss is log 2.
-    DIFFERS: rewards are also measured on held_out pairs; the authors' code scores pairs it trains on."""
-    # Of more pairs than n_steps can visit some are drawn by lot: the others would be scored by the reference in vain.
-    lots = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(schedule.seed))[: n_steps * schedule.batch_size]
-    pairs = add_reference_logps(policy, [pairs[i] for i in sorted(lots.tolist())], schedule)
-    held_out = add_reference_logps(policy, held_out, schedule)
-    watch = lambda loss: {f"held_out_{k}": v for k, v in score(loss, held_out, schedule.micro_batch_tokens).items()}
-    loss_of = partial(pair_loss, beta=beta)
-    return train(policy, pairs, n_steps, loss_of, lambda pair: 1, schedule, name, dropout=False, watch=watch, **options)
+    policy: T5,
+    pairs: Sequence[PairExample],
+    n_steps: int,
+    beta: float,
+    schedule: Schedule,
+    name: str,
+    log: Callable[[dict], None],
+) -> T5:
+    """Train the policy for n_steps optimiser steps against a frozen copy of itself, the reference.
+
+    Dropout stays off, so that both agree at first and the first loss is log 2. The copy costs 4 bytes
+    per parameter.
+    """
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    loss_of = partial(pair_loss, reference=reference, beta=beta)
+    return train(policy, pairs, n_steps, loss_of, schedule, name, log, dropout=False)
+
+
+def main() -> None:
+    logps = [torch.tensor([value]) for value in (-11.0, -14.0, -12.0, -13.0)]
+    loss, chosen, rejected = dpo_loss(*logps, beta=0.1)
+    margin = (chosen - rejected).item()
+    print(f"log pi(chosen) -11, reference -12: reward 0.1 * (-11 + 12) = {chosen.item():+.2f}")
+    print(f"log pi(rejected) -14, reference -13: reward 0.1 * (-14 + 13) = {rejected.item():+.2f}")
+    print(f"loss: -log sigmoid({margin:.2f}) = {loss.item():.4f}; before training log 2 = 0.6931")
+
 
 if __name__ == "__main__":
-    loss, chosen, rejected = dpo_loss(*map(torch.tensor, ([-11.0], [-14.0], [-12.0], [-13.0])), beta=0.1)
-    print(f"log pi(chosen) -11, reference -12, beta 0.1: reward 0.1 * (-11 + 12) = {chosen.item():+.2f}")
-    print(f"log pi(rejected) -14, reference -13:         reward 0.1 * (-14 + 13) = {rejected.item():+.2f}")
-    print(f"loss: -log sigmoid({(chosen - rejected).item():.2f}) = {loss.item():.4f}; before training log 2 = 0.6931")
+    main()

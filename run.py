@@ -1,241 +1,357 @@
-"""The whole experiment in one command: arguments, files on disk, and the closing table (paper, section 4).
+"""The whole experiment in one command (paper, section 4): flags, data, and the closing table.
 
-    python run.py                            the whole loop on a laptop, nothing downloaded
-    python run.py --size base --rounds 3     the paper: public weights and data are fetched once; again, to continue"""
+    python run.py                            the whole method on a laptop, nothing downloaded
+    python run.py --size base --rounds 3     the paper; public weights and data are fetched once
+    torchrun --nproc-per-node 8 run.py --size large --rounds 3
+
+The same command again continues a run that was stopped.
+"""
 
 import argparse
-import difflib
-import hashlib
 import json
-import os
-import runpy
-import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from calculator import rewrite
-from data.folder import RunFolder
-from data.problems import Problem, load_problems, read_jsonl, write_text
+from data.folder import MAY_CHANGE, open_folder, write_text
+from data.problems import Problem, check_leakage, load_problems, read_jsonl
 from data.sources import fetch_datasets, fetch_flan_t5
 from data.synthetic import OUT_OF_DOMAIN, TEST_SEED, make_problems
-from decode import free_memory
-from model import SIZES, T5Config, read_config
-from selftrain import PART, Stages, accuracies, self_train
-from sft import alone, deal, place, print_log
+from decode import MAX_NEW_TOKENS, TOP_K
+from model import SIZES, read_config
+from selftrain import MAX_SIMILARITY, N_PAIRS, PERCENTILE, Stages, accuracies, self_train
+from sft import from_process_0, rank_and_count, start_processes
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, UNKNOWN_ID, Tokenizer, format_rationale
 
+HERE = Path(__file__).resolve().parent
 TESTS = ("GSM8K", "MultiArith", "ASDiv", "SVAMP")
-HOURS = {"small": 0.0015, "base": 0.0053, "large": 0.017, "xl": 0.064, "xxl": 0.25}  # per question and round: README
-TABLE_2 = json.loads((Path(__file__).parent / "data" / "table_2.json").read_text())  # the paper's, in the order of TESTS
+TABLE_2 = json.loads(
+    (HERE / "data" / "table_2.json").read_text()
+)  # the paper's, in the order of TESTS
 
-def option(paper, tiny, group: str, text: str):
-    """A field of Config that is also a flag: its value in the paper, its value for --size tiny (our choice), what it is."""
-    return field(default=paper, metadata={"tiny": tiny, "group": group, "help": text})
+TINY = {  # DIFFERS: for --size tiny these numbers are our choice; its model has no dropout
+    "method": "both",
+    "rounds": 2,
+    "max_new_tokens": 100,
+    "sft_learning_rate": 1e-3,
+    "sft_batch_size": 8,
+    "dpo_steps": 100,
+    "dpo_learning_rate": 1e-4,
+    "dpo_batch_size": 16,
+    "beta": 0.5,
+    "decode_batch_size": 256,
+    "log_every": 20,
+}
 
-@dataclass
-class Config:
-    """Every number of a run. Sources in brackets.  DIFFERS: those of --size tiny and st_samples are ours."""
-    size: str = "tiny"
-    method: str = "dpo-st"
-    weights: str = option("", "", "run", "a checkpoint folder; --size still chooses the numbers")
-    labeled: str = option("", "", "your own data", "problems with rationales, JSONL")
-    unlabeled: str = option("", "", "your own data", "problems whose rationales, if any, are not used; default: those of --labeled")
-    test: list = option("", "", "your own data", "problems to be tested on, under that name; may be repeated")
-    allow_leakage: bool = option(False, False, "your own data", "test on questions that are trained on, too")
-    device: str = "cpu"
-    calculator: bool = True
-    seed: int = option(42, 42, "run", "of data order, dropout and sampling [authors' code]")
-    limit: int = option(0, 0, "run", "use only the first N problems of every set; 0 for all")
-    rewrite: bool = option(False, False, "method", "give annotations in L the result that the calculator prints [ours]")
-    rounds: int = option(3, 2, "method", "rounds of self-training [figure 5]")
-    dpo_samples: int = option(5, 5, "method", "rationales per question in the DPO step [section 4.2]")
-    sft_samples: int = option(3, 3, "method", "rationales per question in the SFT step [section 4.2]")
-    st_samples: int = option(8, 8, "method", "rationales per question and round for ST: as many as DPO-ST draws [ours]")
-    temperature: float = option(0.7, 0.7, "method", "sampling temperature [section 4.2]")
-    top_k: int = option(50, 50, "method", "sample among the k likeliest ids, 0 for all [authors' code, unsaid]")
-    max_similarity: float = option(0.7, 0.7, "method", "more alike than this are duplicates [authors' code]")
-    n_pairs: int = option(3, 3, "method", "preference pairs kept per question [authors' code]")
-    percentile: float = option(90, 90, "method", "caps the pseudo-labels per question [authors' code]")
-    max_new_tokens: int = option(300, 100, "method", "longest rationale in tokens [section 4.2]")
-    sft_epochs: int = option(8, 8, "SFT", "passes over the data [table 5]")
-    sft_learning_rate: float = option(3e-4, 1e-3, "SFT", "peak learning rate [table 5]")
-    sft_batch_size: int = option(96, 8, "SFT", "examples per optimiser step [table 5]")
-    dpo_steps: int = option(150, 100, "DPO", "optimiser steps [table 5]")
-    dpo_learning_rate: float = option(7e-7, 1e-4, "DPO", "peak learning rate [table 5]")
-    dpo_batch_size: int = option(96, 16, "DPO", "pairs per optimiser step [table 5]")
-    beta: float = option(0.1, 0.5, "DPO", "how strongly the policy is held to the reference [section 4.2]")
-    held_out: float = option(0.05, 0.05, "DPO", "part of the questions whose pairs are only scored [ours]")
-    warmup_ratio: float = option(0.1, 0.1, "training", "part of the steps with a rising rate [table 5]")
-    final_ratio: float = option(0.1, 0.1, "training", "the cosine ends at this part of the peak [authors' code]")
-    weight_decay: float = option(0.01, 0.01, "training", "of AdamW [appendix A]")
-    max_grad_norm: float = option(1.0, 1.0, "training", "gradient clipping [appendix A]")
-    bf16: bool = option(False, False, "limits", "bf16, as always on a GPU: faster on CPUs with AVX-512 BF16 or AMX [ours]")
-    gradient_checkpointing: bool = option(False, False, "limits", "compute activations twice rather than keep them")
-    shard: bool = option(False, False, "limits", "torchrun: spread every model over the processes, for xl and xxl")
-    micro_batch_tokens: int = option(0, 2048, "limits", "about the tokens per forward pass; 0: by the memory [ours]")
-    decode_batch_size: int = option(0, 256, "limits", "rationales written at a time; 0: by the memory [ours]")
-    save_every: float = option(10, 10, "limits", "minutes between two saves inside a training [ours]")
-    timeout: float = option(30, 30, "limits", "minutes to wait for another process of torchrun [ours]")
-    log_every: int = option(10, 20, "training", "optimiser steps between two printed lines [ours]")
-    n_labeled: int = option(0, 250, "problems of --size tiny", "labeled problems")
-    n_unlabeled: int = option(0, 1000, "problems of --size tiny", "other questions, with answers only")
-    n_test: int = option(0, 2000, "problems of --size tiny", "held-out problems")
 
-OPTIONS = [item for item in fields(Config) if item.metadata]
-# What may change when a run goes on: for more of it, or where memory or time ran short.
-MAY_CHANGE = ["rounds", "method", "device", *(item.name for item in OPTIONS if item.metadata["group"] == "limits")]
+# ------------------------------------------------------------------------------------------- flags
 
-def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
-    """Read the command line -> the run's numbers and its folder."""
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "usage": "python run.py [--size SIZE] [options]"}
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="the model, and with it the defaults below")
-    parser.add_argument("--method", choices=("dpo-st", "st", "both"), help="default: both for tiny, else dpo-st")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/SIZE-seed-SEED")
-    parser.add_argument("--report", nargs="+", metavar="DIR", help="only show the tables and figures of these runs' folders")
-    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    parser.add_argument("--device", choices=devices, default=devices[0], help="default here: %(default)s")
-    parser.add_argument("--no-calculator", dest="calculator", action="store_false", help="when sampling")
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(o.metadata["group"] for o in OPTIONS)}
-    for item in OPTIONS:
-        tiny, paper = item.metadata["tiny"], item.default
-        default = "" if type(paper) in (bool, str) else f" (default {paper:g}{'' if tiny == paper else f'; tiny: {tiny:g}'})"
-        how = {bool: {"action": "store_true"}, list: {"action": "append", "metavar": "NAME=PATH"}}.get(item.type)
-        how = how or {"type": item.type, "metavar": {int: "N", float: "X", str: "PATH"}[item.type]}
-        groups[item.metadata["group"]].add_argument("--" + item.name.replace("_", "-"), **how, help=item.metadata["help"] + default)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], parser.format_help().split(), 3, 0.7)
-        parser.error(f"there is no {unknown[0]}; did you mean {' or '.join({n: 0 for n in near if n[0] == '-'}) or '--help'}?")
-    out, runs = (args := vars(args)).pop("out"), args.pop("report")
-    if runs:  # by its path, for many an installed package brings a `tests` of its own
-        sys.exit(runpy.run_path(f"{Path(__file__).parent}/tests/bench/report.py")["main"](runs + ["--out", str(out)] * bool(out)))
-    for item in OPTIONS:
-        least = {"seed": 0, "limit": 0, "rounds": 0, "top_k": 0, "temperature": 0.01}.get(item.name, int(item.type is int))
-        if args[item.name] is None:
-            args[item.name] = item.metadata["tiny"] if args["size"] == "tiny" else item.default
-        most = {"percentile": 100, "held_out": 0.5, "warmup_ratio": 1}.get(item.name, 2**31)
-        if item.type in (int, float) and not (least <= args[item.name] <= most or args[item.name] == item.default):
-            parser.error(f"--{item.name.replace('_', '-')} must be a number from {least} to {most}")
-    names = {name for name, _, path in (test.partition("=") for test in args["test"]) if name and path}
-    if bool(args["labeled"]) != bool(names) or args["unlabeled"] and not names or len(names) < len(args["test"]):
-        parser.error("your own data: give --labeled FILE and --test NAME=FILE (each name once), and perhaps --unlabeled FILE")
-    args["bf16"] |= args["device"] == "cuda"
-    args["method"] = args["method"] or ("both" if args["size"] == "tiny" else "dpo-st")
-    return Config(**args), out or Path("runs") / f"{'own-' if args['labeled'] else ''}{args['size']}-seed-{args['seed']}"
 
-def load_data(config: Config) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
+def between(least: float, most: float, kind: type = float) -> Callable[[str], float]:
+    """For argparse: a number from `least` to `most`."""
+
+    def read(text: str) -> float:
+        number = kind(text)
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
+        return number
+
+    return read
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every number of a run is a flag; in brackets where its default comes from."""
+    tiny = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f"--size tiny has defaults of its own: {tiny}.",
+        allow_abbrev=False,
+    )
+    whole = between(0, 10**9, int)
+    count = between(1, 10**9, int)
+    positive = between(1e-12, 1e9)
+    share = between(0, 1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    run = parser.add_argument_group("the run").add_argument
+    run("--size", choices=SIZES, default="tiny", help="of the model (tiny)")
+    run("--method", choices=("dpo-st", "st", "both"), default="dpo-st", help="(dpo-st)")
+    run("--rounds", type=whole, default=3, help="of self-training (3) [appendix A]")
+    run("--seed", type=whole, default=42, help="of data, dropout, samples (42) [authors' code]")
+    run("--limit", type=whole, default=0, help="use the first N problems of every set; 0: all")
+    run("--out", default="", help="the run's folder (runs/SIZE-seed-SEED)")
+    run("--weights", default="", help="your own checkpoint folder; --size still sets the defaults")
+    run("--device", choices=("cpu", "cuda"), default=device, help=f"(here: {device})")
+
+    data = parser.add_argument_group("your own problems (JSONL)").add_argument
+    data("--labeled", default="", help="file of problems with rationales")
+    data("--unlabeled", default="", help="file of problems with answers (those of --labeled)")
+    data("--test", action="append", default=[], metavar="NAME=FILE", help="may be repeated")
+    data("--allow-leakage", action="store_true", help="test on what is trained on, too")
+
+    method = parser.add_argument_group("sampling, pairs, pseudo-labels").add_argument
+    method("--dpo-samples", type=count, default=5, help="per question, for pairs (5) [section 4.2]")
+    method(
+        "--sft-samples", type=count, default=3, help="per question, for labels (3) [section 4.2]"
+    )
+    method("--st-samples", type=count, default=3, help="the same in --method st (3) [section 4.2]")
+    method("--temperature", type=positive, default=0.7, help="(0.7) [section 4.2]")
+    method("--top-k", type=whole, default=TOP_K, help="likeliest ids, 0: all (50) [authors' code]")
+    method(
+        "--max-new-tokens",
+        type=count,
+        default=MAX_NEW_TOKENS,
+        help="per rationale (300) [appendix A]",
+    )
+    method(
+        "--calculator",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="when sampling (on) [section 3.2]",
+    )
+    method(
+        "--max-similarity",
+        type=share,
+        default=MAX_SIMILARITY,
+        help="more alike are duplicates (0.7) [section 4.2]",
+    )
+    method("--n-pairs", type=count, default=N_PAIRS, help="per question (3) [authors' code]")
+    method(
+        "--percentile",
+        type=between(0, 100),
+        default=PERCENTILE,
+        help="caps the pseudo-labels per question (90) [authors' code]",
+    )
+
+    sft = parser.add_argument_group("SFT").add_argument
+    sft("--sft-epochs", type=count, default=8, help="(8) [table 5]")
+    sft("--sft-learning-rate", type=positive, default=3e-4, help="the peak (3e-4) [table 5]")
+    sft("--sft-batch-size", type=count, default=96, help="examples (96) [table 5]")
+
+    dpo = parser.add_argument_group("DPO").add_argument
+    dpo("--dpo-steps", type=count, default=150, help="optimiser steps (150) [table 5]")
+    dpo("--dpo-learning-rate", type=positive, default=7e-7, help="the peak (7e-7) [table 5]")
+    dpo("--dpo-batch-size", type=count, default=96, help="pairs (96) [table 5]")
+    dpo("--beta", type=positive, default=0.1, help="holds the policy back (0.1) [section 4.2]")
+
+    both = parser.add_argument_group("SFT and DPO").add_argument
+    both("--warmup-ratio", type=share, default=0.1, help="part of the steps (0.1) [table 5]")
+    both("--final-ratio", type=share, default=0.1, help="of the peak (0.1) [authors' code]")
+    both("--weight-decay", type=share, default=0.01, help="(0.01) [appendix A]")
+    both("--max-grad-norm", type=positive, default=1.0, help="clipping (1.0) [appendix A]")
+
+    limits = parser.add_argument_group("memory and speed [our choice]").add_argument
+    limits("--micro-batch-tokens", type=count, default=2048, help="in training, at a time (2048)")
+    limits("--decode-batch-size", type=count, default=96, help="rationales at a time (96)")
+    limits(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute in bf16 (on a GPU) [authors' code]",
+    )
+    limits("--log-every", type=count, default=10, help="steps between logged lines (10)")
+
+    tiny = parser.add_argument_group("generated problems of --size tiny [our choice]").add_argument
+    tiny("--n-labeled", type=count, default=250, help="(250)")
+    tiny("--n-unlabeled", type=count, default=1000, help="other ones, with answers only (1000)")
+    tiny("--n-test", type=count, default=2000, help="(2000)")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line -> the numbers of a run."""
+    parser = make_parser()
+    if parser.parse_known_args(argv)[0].size == "tiny":
+        parser.set_defaults(**TINY)
+    config = parser.parse_args(argv)
+    if config.bf16 is None:
+        config.bf16 = config.device == "cuda"
+    names = [test.partition("=")[0] for test in config.test]
+    complete = all(name and path for name, _, path in (test.partition("=") for test in config.test))
+    if bool(config.labeled) != bool(names) or len(set(names)) < len(names) or not complete:
+        parser.error("your own data: give --labeled FILE and --test NAME=FILE, each name once")
+    if config.unlabeled and not config.labeled:
+        parser.error("--unlabeled FILE needs --labeled FILE, too")
+    if not config.out:
+        own = "own-" if config.labeled else ""
+        config.out = f"runs/{own}{config.size}-seed-{config.seed}"
+    return config
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+def load_data(
+    config: argparse.Namespace,
+) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
     """The labeled set L (rationales formatted), the unlabeled set U, and the test sets by name."""
     if config.labeled:
         labeled = load_problems(config.labeled)
         unlabeled = load_problems(config.unlabeled) if config.unlabeled else labeled
-        tests = {name: load_problems(path) for name, _, path in (test.partition("=") for test in config.test)}
+        tests = {}
+        for test in config.test:
+            name, _, path = test.partition("=")
+            tests[name] = load_problems(path)
     elif config.size == "tiny":
         train = make_problems(config.n_labeled + config.n_unlabeled, seed=f"run {config.seed}")
-        labeled, unlabeled = train[: config.n_labeled], train[config.n_labeled :]
-        tests = {"held-out": make_problems(config.n_test, seed=TEST_SEED, exclude={problem.question for problem in train})}
-        tests |= {family: make_problems(config.n_test // 4, TEST_SEED, families=(family,)) for family in OUT_OF_DOMAIN}
+        labeled = train[: config.n_labeled]
+        unlabeled = train[config.n_labeled :]
+        seen = {problem.question for problem in train}
+        tests = {"held-out": make_problems(config.n_test, TEST_SEED, exclude=seen)}
+        for family in OUT_OF_DOMAIN:
+            tests[family] = make_problems(max(1, config.n_test // 4), TEST_SEED, families=(family,))
     else:
-        folder = deal([None], fetch_datasets)[0]
-        labeled = unlabeled = load_problems(folder / "gsm8k" / "train.jsonl")  # section 4.1: U is L without rationales
+        folder = from_process_0(fetch_datasets)
+        labeled = load_problems(folder / "gsm8k" / "train.jsonl")
+        unlabeled = labeled  # section 4.1: U is L without its rationales
         tests = {name: load_problems(folder / name.lower() / "test.jsonl") for name in TESTS}
-    spelled = lambda problems: {" ".join(problem.question.split()).casefold() for problem in problems}
-    for name, problems in () if config.allow_leakage else tests.items():
-        if leaked := sorted(spelled(problems) & spelled([*labeled, *unlabeled])):
-            raise ValueError(f"{name}: {len(leaked)} questions are trained on ('{leaked[0]:.40}...'): drop them or --allow-leakage")
+    if not config.allow_leakage:
+        check_leakage(labeled, unlabeled, tests)
     first = config.limit or None
-    spell = lambda text: rewrite(format_rationale(text)) if config.rewrite else format_rationale(text)
-    labeled = [replace(problem, rationale=spell(problem.rationale)) for problem in labeled if problem.rationale][:first]
-    return labeled, unlabeled[:first], {name: problems[:first] for name, problems in tests.items()}
+    labeled = [problem for problem in labeled if problem.rationale][:first]
+    labeled = [replace(p, rationale=format_rationale(p.rationale)) for p in labeled]
+    tests = {name: problems[:first] for name, problems in tests.items()}
+    return labeled, unlabeled[:first], tests
 
-def batch_sizes(config: Config, c: T5Config, free: float) -> tuple[int, int]:
-    """--micro-batch-tokens and --decode-batch-size; if left open, fixed ones on a CPU, and on a GPU powers of two of which its free
-    bytes hold the activations, beside weights, gradients and moments, or the keys and values (factors: README, "One GPU")."""
-    (_, n), width = place(), c.n_heads * c.d_kv
-    n_parameters = c.n_layers * c.d_model * (12 * width + 6 * c.d_ff) + 2 * c.vocab_size * c.d_model
-    tokens = (0.9 * free - 16 * n_parameters / (n if config.shard else 1)) / (8 * c.vocab_size + 160 * c.n_layers * c.d_model)
-    rationales = 0.5 * free / (4 * c.n_layers * width * (MAX_QUESTION + config.max_new_tokens))
-    found = [1 << int(max(1, held)).bit_length() - 1 for held in (tokens, rationales)] if config.device == "cuda" else [2048, 96]
-    return config.micro_batch_tokens or min(found[0], 2**14 // n), config.decode_batch_size or min(found[1], PART["cuda"] // 8)
 
-def report(config: Config, folder: RunFolder) -> str:
-    """Gather the evaluations in results.json (%: accuracy, 95 % interval) and results.md; return the table, shaped as table 2."""
-    stages = {f"{method}/round-{n + 1}": [method.upper(), n + 1] for method in ("st", "dpo-st") for n in range(config.rounds)}
-    results, lines = {}, []
-    for stage, label in {"warm-up": ["SFT", 0], **stages}.items():
-        if path := folder.find(f"{stage}/evaluation.jsonl"):
+def describe(config: argparse.Namespace, labeled: list[Problem], tokenizer: Tokenizer) -> str:
+    """What of the texts is cut, or respelled, before anything is trained."""
+    questions = [tokenizer.encode(problem.question) for problem in labeled]
+    rationales = [tokenizer.encode(problem.rationale) for problem in labeled]
+    longest = min(MAX_RATIONALE, config.max_new_tokens)
+    cut = sum(len(ids) > MAX_QUESTION for ids in questions)
+    long = sum(len(ids) > longest for ids in rationales)
+    unknown = sum(UNKNOWN_ID in ids for ids in questions + rationales)
+    return (
+        f"Of {len(labeled)} labeled problems {cut} questions are cut at {MAX_QUESTION} tokens, "
+        f"{long} rationales are longer than {longest}, {unknown} texts have signs that the vocabulary lacks"
+    )
+
+
+# ---------------------------------------------------------------------------------- closing table
+
+
+def make_table(folder: Path, config: argparse.Namespace) -> str:
+    """Gather the evaluations in results.json and results.md; return the table, shaped as table 2."""
+    stages = {"warm-up": ["SFT", 0]}
+    for method in ("st", "dpo-st"):
+        for number in range(1, config.rounds + 1):
+            stages[f"{method}/round-{number}"] = [method.upper(), number]
+    results = {}
+    rows = []
+    for stage, row in stages.items():
+        path = folder / stage / "evaluation.jsonl"
+        if path.exists():
             results[stage] = accuracies(read_jsonl(path))
-            lines.append(label + [f"{accuracy:.1f} ({low:.1f} to {high:.1f})" for accuracy, low, high in results[stage].values()])
-    tests = list(results["warm-up"])
-    for method, numbers in TABLE_2.get(config.size, {}).items():
-        lines.append([f"{method}, paper", 3 * (method != "SFT"), *(dict(zip(TESTS, numbers)).get(test, "") for test in tests)])
-    lines = [["method", "round", *tests], ["---"] * (len(tests) + 2), *lines]
-    table = f"Greedy accuracy (%, 95 % interval), Flan-T5 {config.size}, seed {config.seed}:\n\n"
-    table += "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-    write_text(json.dumps(results, indent=2) + "\n", folder.path / "results.json")
-    write_text(table, folder.path / "results.md")
+            rows.append(row + [f"{accuracy:.1f}" for accuracy in results[stage].values()])
+    header = ["method", "round", *results["warm-up"]]
+    if not config.labeled:
+        for method, numbers in TABLE_2.get(config.size, {}).items():
+            rounds = 0 if method == "SFT" else 3
+            rows.append([f"{method}, paper", rounds, *numbers, *[""] * (len(header) - 6)])
+    lines = [f"Greedy accuracy in %, Flan-T5 {config.size}, seed {config.seed}:", ""]
+    for row in [header, ["---"] * len(header), *rows]:
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    other = other_numbers(config)
+    if config.size in TABLE_2 and other:
+        lines += ["", f"Unlike the paper's, this run has {', '.join(other)}."]
+    table = "\n".join(lines) + "\n"
+    write_text(json.dumps(results, indent=2) + "\n", folder / "results.json")
+    write_text(table, folder / "results.md")
     return table
 
+
+def other_numbers(config: argparse.Namespace) -> list[str]:
+    """The flags that differ from the defaults of this size, but for those that say where and how long."""
+    defaults = vars(parse_args(["--size", config.size, "--device", config.device]))
+    ignored = (MAY_CHANGE - {"rounds", "weights", "labeled"}) | {"seed"}
+    other = []
+    for name, value in vars(config).items():
+        if name not in ignored and value != defaults[name]:
+            other.append(f"--{name.replace('_', '-')} {value}")
+    return other
+
+
+# ----------------------------------------------------------------------------------------- the whole
+
+
 def main() -> None:
-    config, out = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever is asked to end is stopped as by Ctrl-C
-    torch.set_flush_denormal(True)  # barely trained models produce denormal numbers, which are many times slower
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's word for the number of processes
-        if config.device == "cuda":
-            if (local := int(os.environ["LOCAL_RANK"])) >= (count := torch.cuda.device_count()):
-                raise ValueError(f"there are more processes than the {count} GPUs here: lower --nproc-per-node")
-            torch.cuda.set_device(local)
-        dist.init_process_group(timeout=timedelta(minutes=config.timeout))  # gloo between CPUs, NCCL between GPUs
-    (rank, n), began = place(), time.perf_counter()
+    began = time.perf_counter()
+    config = parse_args()
+    folder = Path(config.out)
+    torch.set_flush_denormal(True)  # barely trained models have denormal numbers, which are slow
+    start_processes(config.device)
+    rank, n_processes = rank_and_count()
     labeled, unlabeled, tests = load_data(config)
-    if config.device == "cpu" and config.size in HOURS and rank == 0:
-        print(f"2 cores: about {HOURS[config.size] * len(unlabeled) * (config.rounds + 1):,.1f} hours in fp32, --size tiny minutes")
-    bundled = Path(__file__).parent / "data" / "tiny" if config.size == "tiny" else ""
-    base = Path(config.weights or bundled or deal([config.size], fetch_flan_t5)[0])
-    tokenizer, folder, c = Tokenizer(base), RunFolder(out), read_config(base)
-    if not 0 <= c.vocab_size - tokenizer.vocab_size < 128:  # T5 rounds up to a multiple of 128
-        raise ValueError(f"{base}: {tokenizer.vocab_size} ids in spiece.model, {c.vocab_size} in the model: fetch that file again")
-    free = deal([torch.device(config.device)], free_memory)[0]  # the same number for all processes
-    config.micro_batch_tokens, config.decode_batch_size = tokens, rationales = batch_sizes(config, c, free)
-    checksum = hashlib.sha256(repr((labeled, unlabeled, tests)).encode()).hexdigest()[:16]  # a file may change under its name
-    alone(lambda: folder.open({**asdict(config), "checksum_of_problems": checksum}, MAY_CHANGE))
-    log = lambda record: (print_log(record), folder.log(record)) if rank == 0 else None
+    if config.weights:
+        base = Path(config.weights)
+    elif config.size == "tiny":
+        base = HERE / "data" / "tiny"
+    else:
+        base = from_process_0(lambda: fetch_flan_t5(config.size))
+    tokenizer = Tokenizer(base)
+    vocab_size = read_config(base).vocab_size
+    if not 0 <= vocab_size - tokenizer.vocab_size < 128:  # T5 rounds up to a multiple of 128
+        raise ValueError(
+            f"{base}: spiece.model has {tokenizer.vocab_size} ids, the model {vocab_size}: "
+            "they do not belong together"
+        )
+    problems = (labeled, unlabeled, tests)
+    from_process_0(lambda: open_folder(folder, vars(config), problems, base))
+
+    def log(record: dict) -> None:
+        """Print a line, and add it to log.jsonl."""
+        if rank > 0:
+            return
+        words = []
+        for key, value in record.items():
+            words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+        print("  ".join(words), flush=True)
+        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
     if rank == 0:
-        texts, most = [tokenizer.encode(problem.rationale) for problem in labeled], min(MAX_RATIONALE, config.max_new_tokens)
-        print(f"Flan-T5 {config.size} on {n} x {config.device}: {len(labeled)} labeled, {len(unlabeled)} unlabeled -> {out}\n"
-              f"At a time: {tokens} tokens in training, {rationales} rationales in decoding\nRationales over {most} tokens: "
-              f"{sum(len(t) > most for t in texts)}, with unknown signs: {sum(UNKNOWN_ID in t for t in texts)}")  # fmt: skip
-    for method in ("st", "dpo-st") if config.method == "both" else (config.method,):
-        model = self_train(method, labeled, unlabeled, tests, config, Stages(base, tokenizer, config, folder, log))
+        print(f"Flan-T5 {config.size} on {n_processes} x {config.device} -> {folder}")
+        print(describe(config, labeled, tokenizer))
+    stages = Stages(base, tokenizer, config, folder, log)
+    methods = ("st", "dpo-st") if config.method == "both" else (config.method,)
+    for method in methods:
+        model = self_train(method, labeled, unlabeled, tests, config, stages)
     if rank == 0:
-        print(f"\n{report(config, folder)}\n{time.perf_counter() - began:,.0f} s. All tables and figures: python run.py --report"
-              f" {out}\nNext: python decode.py --checkpoint {model} 'QUESTION'")  # fmt: skip
+        print(f"\n{make_table(folder, config)}")
+        print(
+            f"{time.perf_counter() - began:,.0f} s. Next: python decode.py --checkpoint {model} QUESTION"
+        )
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence for what a user can cause or mend, None for a fault of this program."""
+    message = " ".join(str(error).split())
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if out_of_memory or "DefaultCPUAllocator" in message:  # a CPU has no error of its own for this
+        return (
+            "memory is short: lower --micro-batch-tokens (training) or --decode-batch-size (sampling); "
+            "the same command continues"
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command continues"
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return message
+    if isinstance(error, RuntimeError) and rank_and_count()[1] > 1:
+        return f"another process has ended or hangs ({message:.100}); the same command continues"
+    return None
+
 
 if __name__ == "__main__":
-    code = 0
     try:
         main()
-    except KeyboardInterrupt:
-        print(f"\nrun.py: stopped; the same command continues where it was: python {' '.join(sys.argv)}", file=sys.stderr)
-        code = 130
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        problem, advice, code = " ".join(str(error).split()), "", 2
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in problem:
-            advice = ": lower --micro-batch-tokens (training) or --decode-batch-size (sampling); the same command continues"
-        elif "gloo" in problem or isinstance(error, dist.DistError):
-            problem = f"another process has ended, or needs more than --timeout ({problem[:150]}); the same command continues"
-        elif isinstance(error, RuntimeError):
+    except (Exception, KeyboardInterrupt) as error:
+        sentence = explain(error)
+        if sentence is None:
             raise
-        elif getattr(error, "errno", None) and not isinstance(error, BrokenPipeError):  # disk full, no right to write
-            advice = ": mend that, and the same command continues"
-        print(f"run.py: {problem}{advice}", file=sys.stderr)
-    if place()[1] > 1:  # out by the back door: on the usual way gloo's threads often abort the process (pytorch #179291)
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+        print(f"run.py: {sentence}", file=sys.stderr)
+        sys.exit(2)

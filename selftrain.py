@@ -1,251 +1,409 @@
-"""Self-training, plain and with DPO: Algorithms 1 and 2 of the paper, and the rules on text they rest on (section 3).
+"""Self-training, plain and with DPO: Algorithms 1 and 2 of the paper, and the rules on text they rest on.
 
-Left out: tensors (model, decode, sft, dpo) and files (run.py keeps what each stage makes).
+First the rules (sections 3.1 and 4.2), which know no model; then the algorithms; then the stages that
+the algorithms are made of, and how their results come to stand on disk. Left out: tensors (model.py,
+decode.py, sft.py, dpo.py).
 
-    python selftrain.py        # one question's samples -> preference pairs -> pseudo-labels"""
+    python selftrain.py        # one question's samples -> preference pairs -> pseudo-labels
+"""
 
+import argparse
 import math
 import re
-import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, fields, replace
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data.folder import write_beside
 from data.problems import Problem, read_jsonl, same_answer, write_jsonl
 from decode import generate
 from dpo import PreferencePair, make_pair_examples, train_dpo
 from model import T5, load_flan_t5, save_flan_t5
-from sft import Progress, Schedule, alone, deal, make_examples, place, train_sft
+from sft import Schedule, from_process_0, make_examples, rank_and_count, share_work, train_sft
 from tokenizer import Tokenizer
 
-MAX_SIMILARITY, N_PAIRS, PERCENTILE = 0.7, 3, 90  # authors' code
-PART = {"cpu": 512, "cuda": 2048}  # rationales dealt out and kept at a time; at its end a GPU computes idle slots, too
-ANSWER = re.compile(r"#+ (-?[0-9.,]+)")
-Samples = Sequence[Sequence[str]]  # the rationales that were drawn, question by question
+MAX_SIMILARITY = 0.7  # section 4.2: rationales that are more alike are duplicates
+N_PAIRS = 3  # authors' code: preference pairs kept per question
+PERCENTILE = 90  # authors' code: caps the pseudo-labels per question
+
+# ----------------------------------------------------------------------------------- rules on text
+
 
 def extract_answer(rationale: str) -> float | None:
     """The last `#### NUMBER` as a number, None when there is none. Source: authors' code, eval_sampling.py."""
+    found = re.findall(r"#+ (-?[0-9.,]+)", rationale)
     try:
-        answer = float(ANSWER.findall(rationale)[-1].replace(",", ""))
+        answer = float(found[-1].replace(",", ""))
     except (IndexError, ValueError):
         return None
     return answer if math.isfinite(answer) else None
 
+
 def is_correct(rationale: str, answer: float | str) -> bool:
-    """Whether the rationale reaches the gold answer.  DIFFERS: one tolerance everywhere; the authors use two."""
-    predicted = (None, *rationale.split("#### ")[1:])[-1] if isinstance(answer, str) else extract_answer(rationale)
+    """Whether the rationale reaches the gold answer, a number or, in your own data, a short text.
+
+    DIFFERS: one meaning of correct everywhere; the authors' code has two tolerances.
+    """
+    if isinstance(answer, str):
+        _, mark, predicted = rationale.rpartition("#### ")
+        return mark != "" and same_answer(predicted, answer)
+    predicted = extract_answer(rationale)
     return predicted is not None and same_answer(predicted, answer)
 
-def pass_at_k(n: int, n_correct: int, k: int) -> float:
-    """The chance that k of n samples, n_correct of them right, hold a right one: pass@k, unbiased. Source: Chen et al. (2021)."""
-    return 1 - math.comb(n - n_correct, k) / math.comb(n, k)
 
 def split_samples(rationales: Sequence[str], answer: float | str) -> tuple[list[str], list[str]]:
-    """Sort one question's samples into correct and incorrect ones, exact duplicates dropped, order kept."""
-    distinct = list(dict.fromkeys(rationales))
-    correct = [rationale for rationale in distinct if is_correct(rationale, answer)]
-    return correct, [rationale for rationale in distinct if rationale not in correct]
+    """One question's samples as correct and incorrect ones, each sorted, exact duplicates dropped.
+
+    The order matters: of two similar rationales `deduplicate` keeps the first. Source: authors' code.
+    """
+    correct, incorrect = [], []
+    for rationale in sorted(set(rationales)):
+        if is_correct(rationale, answer):
+            correct.append(rationale)
+        else:
+            incorrect.append(rationale)
+    return correct, incorrect
+
 
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     """Similarity |a & b| / |a | b| of two sets of tokenizer pieces, 1 when both are empty."""
-    return len(a & b) / len(a | b) if a or b else 1.0
+    if not a and not b:
+        return 1.0
+    return len(a & b) / len(a | b)
 
-def deduplicate(rationales: Iterable[str], tokenizer: Tokenizer, max_similarity: float = MAX_SIMILARITY) -> list[str]:
+
+def deduplicate(
+    rationales: Sequence[str], tokenizer: Tokenizer, max_similarity: float = MAX_SIMILARITY
+) -> list[str]:
     """Keep a rationale only if it is at most max_similarity alike to every one kept before it."""
-    kept: list[tuple[str, frozenset[str]]] = []
+    kept: list[str] = []
+    kept_pieces: list[frozenset[str]] = []
     for rationale in rationales:
         pieces = tokenizer.piece_set(rationale)
-        if all(jaccard(pieces, other) <= max_similarity for _, other in kept):
-            kept.append((rationale, pieces))
-    return [rationale for rationale, _ in kept]
+        if all(jaccard(pieces, other) <= max_similarity for other in kept_pieces):
+            kept.append(rationale)
+            kept_pieces.append(pieces)
+    return kept
+
 
 def make_pairs(
-    problems: Sequence[Problem], samples: Samples, tokenizer: Tokenizer, max_similarity=MAX_SIMILARITY, n_pairs=N_PAIRS
-) -> list[PreferencePair]:  # fmt: skip
-    """Pair correct with incorrect rationales; samples[i] are all rationales drawn so far for problems[i].
-    Of each question's pairs the n_pairs least similar are kept: they teach the most about what separates right from
-    wrong. Source: section 4.2; thresholds from the authors' code, make_dpo_data.py."""
-    pairs = []
-    for problem, rationales in zip(problems, samples, strict=True):
-        correct, incorrect = split_samples(rationales, problem.answer)
-        winning = deduplicate(filter(None, [problem.rationale, *correct]), tokenizer, max_similarity)  # gold first
-        losing = deduplicate(incorrect, tokenizer, max_similarity)
-        pieces = {rationale: tokenizer.piece_set(rationale) for rationale in winning + losing}
-        both = [(chosen, rejected) for chosen in winning for rejected in losing]
-        both.sort(key=lambda pair: jaccard(pieces[pair[0]], pieces[pair[1]]))
-        pairs += [PreferencePair(problem.question, *pair) for pair in both[:n_pairs]]
-    return pairs
+    problem: Problem,
+    rationales: Sequence[str],
+    tokenizer: Tokenizer,
+    max_similarity: float = MAX_SIMILARITY,
+    n_pairs: int = N_PAIRS,
+) -> list[PreferencePair]:
+    """Pair the correct with the incorrect rationales of one question; there may be none.
+
+    The n_pairs least similar are kept: they teach the most about what separates right from wrong.
+    Source: section 4.2; authors' code, make_dpo_data.py, which also puts the gold rationale first among
+    the winning ones.
+    """
+    correct, incorrect = split_samples(rationales, problem.answer)
+    gold = [problem.rationale] if problem.rationale else []
+    winning = deduplicate(gold + correct, tokenizer, max_similarity)
+    losing = deduplicate(incorrect, tokenizer, max_similarity)
+    ranked = []
+    for chosen in winning:
+        for rejected in losing:
+            similarity = jaccard(tokenizer.piece_set(chosen), tokenizer.piece_set(rejected))
+            ranked.append((similarity, PreferencePair(problem.question, chosen, rejected)))
+    ranked.sort(key=lambda item: item[0])
+    return [pair for _, pair in ranked[:n_pairs]]
+
 
 def make_pseudo_labels(
-    problems: Sequence[Problem], samples: Samples, tokenizer: Tokenizer, max_similarity=MAX_SIMILARITY, percentile=PERCENTILE
-) -> list[Problem]:  # fmt: skip
-    """Turn correct rationales into training problems, the gold rationale first: L + S_a where U and L share questions.
-    The number kept per question is capped at a percentile of that number over the questions that have any.
-    Source: section 3.1; thresholds from the authors' code, make_rft_data.py."""
-    correct = [split_samples(rationales, p.answer)[0] for p, rationales in zip(problems, samples, strict=True)]
-    kept = [deduplicate(filter(None, [p.rationale, *right]), tokenizer, max_similarity) for p, right in zip(problems, correct)]
-    counts = [len(rationales) for rationales in kept if rationales]
-    most = int(np.percentile(counts, percentile)) if counts else 0
-    return [replace(p, rationale=rationale) for p, rationales in zip(problems, kept) for rationale in rationales[:most]]
+    problems: Sequence[Problem],
+    samples: Sequence[Sequence[str]],
+    tokenizer: Tokenizer,
+    max_similarity: float = MAX_SIMILARITY,
+    percentile: float = PERCENTILE,
+) -> list[Problem]:
+    """Turn correct rationales into training problems; samples[i] are those of problems[i].
 
-def self_train(method: str, labeled: Sequence[Problem], unlabeled: Sequence[Problem], tests: dict, config, stages) -> Path:
-    """Run Algorithm 1 (method "st") or Algorithm 2 (method "dpo-st"); return the last model's folder.
-    labeled is L: problems with formatted rationales. unlabeled is U: its questions and answers are used, not its
-    rationales. tests: lists of problems by name. config: run.Config. stages: a Stages, which does the work."""
-    gold, known = {problem.question: problem.rationale for problem in labeled}, set(labeled)
-    unlabeled = [replace(problem, rationale=gold.get(problem.question)) for problem in unlabeled]  # L's, to head the right ones
-    drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # all rounds' samples, question by question
-    drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]
+    The gold rationale, where there is one, comes first, so the result is L + S_a where U and L share
+    questions. The number kept per question is capped at a percentile of that number over the questions
+    that have any. Source: section 3.1; the cap and gold: authors' code, make_rft_data.py.
+    """
+    kept = []
+    for problem, rationales in zip(problems, samples, strict=True):
+        correct, _ = split_samples(rationales, problem.answer)
+        gold = [problem.rationale] if problem.rationale else []
+        kept.append(deduplicate(gold + correct, tokenizer, max_similarity))
+    counts = [len(rationales) for rationales in kept if rationales]
+    if not counts:
+        return []
+    most = int(np.percentile(counts, percentile))
+    labels = []
+    for problem, rationales in zip(problems, kept):
+        for rationale in rationales[:most]:
+            labels.append(replace(problem, rationale=rationale))
+    return labels
+
+
+def pass_at_k(n: int, n_correct: int, k: int) -> float:
+    """The chance that k of n samples, n_correct of them right, hold a right one. Source: Chen et al. (2021)."""
+    return 1 - math.comb(n - n_correct, k) / math.comb(n, k)
+
+
+# ------------------------------------------------------------------------------ Algorithms 1 and 2
+
+
+def self_train(
+    method: str,
+    labeled: Sequence[Problem],
+    unlabeled: Sequence[Problem],
+    tests: dict[str, Sequence[Problem]],
+    config: argparse.Namespace,
+    stages: "Stages",
+) -> Path:
+    """Run Algorithm 1 (method "st") or Algorithm 2 ("dpo-st"); return the folder of the last model.
+
+    labeled is L, with formatted rationales. unlabeled is U: its questions and answers are used, not its
+    rationales. config: the flags of run.py. stages: does the work.
+    """
+    # A question of U that L holds, too, has L's rationale: gold, to lead the correct samples.
+    gold = {(problem.question, problem.answer): problem.rationale for problem in labeled}
+    unlabeled = [replace(p, rationale=gold.get((p.question, p.answer))) for p in unlabeled]
+    known = set(labeled)
+    drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # by all SFT models so far
+    drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]  # by all sampling models so far
     model = stages.sft("warm-up/sft", labeled)  # f' = SFT(f, L)
-    stages.evaluate("warm-up/evaluation", model, tests)
+    stages.evaluate("warm-up/evaluation.jsonl", model, tests)
     for number in range(1, config.rounds + 1):
         here = f"{method}/round-{number}"
-        if method == "dpo-st":  # DPO step: f_d = DPO(f', f', D)
-            samples = stages.sample(f"{here}/samples-for-pairs", model, unlabeled, config.dpo_samples)
-            drawn_for_pairs = [a + b for a, b in zip(drawn_for_pairs, samples, strict=True)]
-            pairs = stages.pairs(f"{here}/preference-pairs", unlabeled, drawn_for_pairs)
-            sampler, n_samples = stages.dpo(f"{here}/dpo", model, pairs), config.sft_samples
-        else:
-            sampler, n_samples = model, config.st_samples
+        sampler = model
+        n_samples = config.st_samples
+        if method == "dpo-st":
+            # DPO step: f_d = DPO(policy f', reference f', D)
+            name = f"{here}/samples-for-pairs.jsonl"
+            new = stages.sample(name, model, unlabeled, config.dpo_samples)
+            drawn_for_pairs = add_samples(drawn_for_pairs, new)
+            pairs = stages.pairs(f"{here}/preference-pairs.jsonl", unlabeled, drawn_for_pairs)
+            sampler = stages.dpo(f"{here}/dpo", model, pairs)
+            n_samples = config.sft_samples
         # SFT step: f' = SFT(f, L + S_a), from the original weights f, never from the last round's
-        samples = stages.sample(f"{here}/samples-for-labels", sampler, unlabeled, n_samples)
-        drawn_for_labels = [a + b for a, b in zip(drawn_for_labels, samples, strict=True)]
-        pseudo_labels = stages.pseudo_labels(f"{here}/pseudo-labels", unlabeled, drawn_for_labels)
-        new = [problem for problem in pseudo_labels if problem not in known]
-        model = stages.sft(f"{here}/sft", [*labeled, *new])
-        stages.evaluate(f"{here}/evaluation", model, tests)
+        new = stages.sample(f"{here}/samples-for-labels.jsonl", sampler, unlabeled, n_samples)
+        drawn_for_labels = add_samples(drawn_for_labels, new)
+        labels = stages.pseudo_labels(f"{here}/pseudo-labels.jsonl", unlabeled, drawn_for_labels)
+        added = [problem for problem in labels if problem not in known]
+        model = stages.sft(f"{here}/sft", [*labeled, *added])
+        stages.evaluate(f"{here}/evaluation.jsonl", model, tests)
     return model
 
+
+def add_samples(drawn: list[list[str]], new: list[list[str]]) -> list[list[str]]:
+    """Every question's samples so far and its new ones."""
+    return [old + more for old, more in zip(drawn, new, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+
 class Stages:
-    """The pieces of work in `self_train`, each kept under its name in a data.folder.RunFolder. A model passes as the folder of
-    its checkpoint. Under torchrun every process goes through all stages, shares the work in them, and process 0 writes."""
-    def __init__(self, base: Path, tokenizer: Tokenizer, config, folder, log: Callable[[dict], None]):
-        self.base, self.tokenizer, self.config, self.folder, self.log = base, tokenizer, config, folder, log
-        same = {item.name: getattr(config, item.name) for item in fields(Schedule)[2:]}
-        self.sft_schedule = Schedule(config.sft_learning_rate, config.sft_batch_size, **same)
-        self.dpo_schedule = Schedule(config.dpo_learning_rate, config.dpo_batch_size, **same)
+    """The steps of the algorithms. Each makes one file or folder, under its name in the run's folder.
 
-    def keep_model(self, name: str, start: Path, schedule: Schedule, train: Callable[..., T5]) -> Path:
-        """Train the checkpoint in `start` unless that is done; return the folder of the result."""
-        if not self.folder.find(f"{name}/spiece.model"):  # the last of its files
-            how = {"name": name, "log": self.log, "progress": Progress(self.folder, name, self.config.save_every)}
-            load = partial(load_flan_t5, start, device=self.config.device)
-            attempt = lambda n: train(load(), schedule=replace(schedule, micro_batch_tokens=n), **how)
-            model = fitting(attempt, self.config, "micro_batch_tokens")
-            save = lambda path: (save_flan_t5(model, path), shutil.copy(self.base / "spiece.model", path))
-            alone(lambda: self.folder.write(name, save, replaces=f"{name}.step-"))
-        return self.folder.path / name
+    What is there is not made again, so the same command continues a run that was stopped. A model is
+    passed as the folder of its checkpoint. Under torchrun every process goes through all stages.
+    """
 
-    def keep_rows(self, name: str, work: Sequence, do: Callable[..., list[dict]], summary: Callable[[list], dict]) -> list[dict]:
-        """The rows that do(piece) gives for all pieces of work. Pieces that are done are kept even if the next ones are not."""
-        folder, path, n = self.folder, self.folder.path / f"{name}.jsonl", place()[1]
-        if not folder.find(f"{name}.jsonl"):
-            parts = [f"{name}.parts/{i:04}-of-{len(work):04}.jsonl" for i in range(len(work))]  # a cut of its own for each device
-            missing = [i for i, part in enumerate(parts) if not folder.find(part)]
-            for turn in (missing[at : at + n] for at in range(0, len(missing), n)):
-                done = deal([work[i] for i in turn], do)
-                alone(lambda: [folder.write(parts[i], partial(write_jsonl, rows)) for i, rows in zip(turn, done)])
-            join = lambda path: write_jsonl((row for part in parts for row in read_jsonl(folder.path / part)), path)
-            alone(lambda: folder.write(f"{name}.jsonl", join, replaces=f"{name}.parts"))
-            self.log({"stage": name, **summary(read_jsonl(path))})
-        return read_jsonl(path)
+    def __init__(
+        self,
+        base: Path,
+        tokenizer: Tokenizer,
+        config: argparse.Namespace,
+        folder: Path,
+        log: Callable[[dict], None],
+    ):
+        self.base = base  # the checkpoint with the original weights
+        self.tokenizer = tokenizer
+        self.config = config  # the flags of run.py
+        self.folder = folder  # of this run
+        self.log = log
 
     def sft(self, name: str, problems: Sequence[Problem]) -> Path:
         """Supervised fine-tuning, always from the original weights."""
-        how = {"examples": make_examples(problems, self.tokenizer), "n_epochs": self.config.sft_epochs}
-        return self.keep_model(name, self.base, self.sft_schedule, partial(train_sft, **how))
+        c = self.config
+        path = self.folder / name
+        if not finished(path):
+            model = load_flan_t5(self.base, device=c.device)
+            examples = make_examples(problems, self.tokenizer)
+            schedule = self.schedule(c.sft_learning_rate, c.sft_batch_size)
+            model = train_sft(model, examples, c.sft_epochs, schedule, name, self.log)
+            finish(path, partial(self.write_model, model))
+        return path
 
     def dpo(self, name: str, policy: Path, pairs: Sequence[PreferencePair]) -> Path:
-        """DPO from `policy`; the pairs of the first few questions are held out, to be scored only."""
-        questions = list(dict.fromkeys(pair.question for pair in pairs))
-        unseen = set(questions[: int(len(questions) * self.config.held_out)])
-        held_out = make_pair_examples([pair for pair in pairs if pair.question in unseen], self.tokenizer)
-        examples = make_pair_examples([pair for pair in pairs if pair.question not in unseen], self.tokenizer)
-        if not examples:
-            self.log({"stage": name, "skipped": "no question has both a correct and an incorrect rationale"})
-            return policy
-        how = {"pairs": examples, "held_out": held_out, "n_steps": self.config.dpo_steps, "beta": self.config.beta}
-        return self.keep_model(name, policy, self.dpo_schedule, partial(train_dpo, **how))
-
-    def write_rationales(self, name: str, model: Path, work: Sequence[tuple], summary: Callable) -> list[dict]:
-        """A row of rationales for each problem. A piece of work: what its rows begin with, its problems, options of `generate`.
-        The pieces, so the batches, so every byte, are the same on any number of processes and after any stop."""
+        """DPO, starting from `policy`, which stays as it is. Without pairs it is skipped."""
         c = self.config
-        load = cache(lambda: load_flan_t5(model, torch.bfloat16 if c.bf16 else torch.float32, c.device))
+        path = self.folder / name
+        if not pairs:
+            reason = "no question has both a correct and an incorrect rationale"
+            self.log({"stage": name, "skipped": reason})
+            return policy
+        if not finished(path):
+            model = load_flan_t5(policy, device=c.device)
+            examples = make_pair_examples(pairs, self.tokenizer)
+            schedule = self.schedule(c.dpo_learning_rate, c.dpo_batch_size)
+            model = train_dpo(model, examples, c.dpo_steps, c.beta, schedule, name, self.log)
+            finish(path, partial(self.write_model, model))
+        return path
 
-        def do(piece: tuple[int, tuple]) -> list[dict]:
-            number, (begin, problems, options) = piece
-            title = None if place()[0] else f"{name} {number}/{len(work)}"
-            options = {**options, "max_new_tokens": c.max_new_tokens, "progress": title}
-            write = lambda size: generate(load(), self.tokenizer, [p.question for p in problems], batch_size=size, **options)
-            written = fitting(write, c, "decode_batch_size")
-            rows = ({"rationales": [s.text for s in row], "finished": [s.finished for s in row]} for row in written)
-            return [{**begin, "question": p.question, "answer": p.answer, **row} for p, row in zip(problems, rows)]
+    def sample(
+        self, name: str, model: Path, problems: Sequence[Problem], n_samples: int
+    ) -> list[list[str]]:
+        """Draw n_samples rationales per problem, other ones in every stage."""
+        c = self.config
+        path = self.folder / name
+        if not finished(path):
+            rows = self.write_rationales(
+                self.load_writer(model),
+                name,
+                problems,
+                n_samples=n_samples,
+                temperature=c.temperature,
+                top_k=c.top_k,
+                calculator=c.calculator,
+                seed=f"{c.seed}/{name}",
+            )
+            n_correct = []
+            for row in rows:
+                n_correct.append(sum(is_correct(text, row["answer"]) for text in row["rationales"]))
+            passed = {"rationales": n_samples * len(rows)}
+            for k in (1, n_samples):
+                chances = [pass_at_k(n_samples, correct, k) for correct in n_correct]
+                passed[f"pass@{k}"] = 100 * float(np.mean(chances))
+            self.log({"stage": name} | passed)
+            finish(path, partial(write_jsonl, rows))
+        return [row["rationales"] for row in read_jsonl(path)]
 
-        return self.keep_rows(name, [*enumerate(work, 1)], do, summary)
+    def pairs(
+        self, name: str, problems: Sequence[Problem], samples: Sequence[Sequence[str]]
+    ) -> list[PreferencePair]:
+        """D, from all samples drawn for it so far."""
+        c = self.config
+        path = self.folder / name
+        if not finished(path):
+            rows = []
+            questions = 0
+            for problem, rationales in zip(problems, samples, strict=True):
+                pairs = make_pairs(problem, rationales, self.tokenizer, c.max_similarity, c.n_pairs)
+                rows += [asdict(pair) for pair in pairs]
+                questions += len(pairs) > 0
+            self.log({"stage": name, "kept": len(rows), "questions": questions})
+            finish(path, partial(write_jsonl, rows))
+        return [PreferencePair(**row) for row in read_jsonl(path)]
 
-    def sample(self, name: str, model: Path, problems: Sequence[Problem], n_samples: int) -> list[list[str]]:
-        """n_samples rationales per problem at the sampling temperature."""
-        c, how = self.config, {"n_samples": n_samples, "seed": f"{self.config.seed}/{name}"}
-        how |= {name: getattr(c, name) for name in ("temperature", "top_k", "calculator")}
-        correct = lambda row: sum(is_correct(text, row["answer"]) for text in row["rationales"])
-        share = lambda rows, k: 100 * float(np.mean([pass_at_k(n_samples, correct(row), k) for row in rows]))
-        count = lambda rows: {"rationales": n_samples * len(rows), **{f"pass@{k}": share(rows, k) for k in (1, n_samples)}}
-        work = [({}, part, how) for part in cut(problems, PART[c.device] // n_samples)]
-        return [row["rationales"] for row in self.write_rationales(name, model, work, count)]
+    def pseudo_labels(
+        self, name: str, problems: Sequence[Problem], samples: Sequence[Sequence[str]]
+    ) -> list[Problem]:
+        """S_a, from all samples drawn for it so far."""
+        c = self.config
+        path = self.folder / name
+        if not finished(path):
+            labels = make_pseudo_labels(
+                problems, samples, self.tokenizer, c.max_similarity, c.percentile
+            )
+            questions = len({label.question for label in labels})
+            self.log({"stage": name, "kept": len(labels), "questions": questions})
+            finish(path, partial(write_jsonl, [asdict(label) for label in labels]))
+        return [Problem(**row) for row in read_jsonl(path)]
 
     def evaluate(self, name: str, model: Path, tests: dict[str, Sequence[Problem]]) -> None:
         """Greedy rationales on every test set, and on the first one without the calculator too."""
-        sets, size = [(test, True) for test in tests] + [(test, False) for test in [*tests][:1]], PART[self.config.device]
-        work = [({"test": t, "calculator": on}, part, {"calculator": on}) for t, on in sets for part in cut(tests[t], size)]
-        self.write_rationales(name, model, work, lambda rows: {test: found[0] for test, found in accuracies(rows).items()})
+        path = self.folder / name
+        if finished(path):
+            return
+        writer = self.load_writer(model)
+        first = next(iter(tests))
+        rows = []
+        for test, calculator in [*((test, True) for test in tests), (first, False)]:
+            written = self.write_rationales(writer, name, tests[test], calculator=calculator)
+            rows += [{"test": test, "calculator": calculator} | row for row in written]
+        self.log({"stage": name} | accuracies(rows))
+        finish(path, partial(write_jsonl, rows))
 
-    def pairs(self, name: str, problems: Sequence[Problem], samples: Samples) -> list[PreferencePair]:
-        return self.keep(name, PreferencePair, make_pairs, problems, samples, self.config.n_pairs)
+    def load_writer(self, model: Path) -> T5:
+        """A model that only writes: in bf16 its weights are, too."""
+        dtype = torch.bfloat16 if self.config.bf16 else torch.float32
+        return load_flan_t5(model, dtype, self.config.device)
 
-    def pseudo_labels(self, name: str, problems: Sequence[Problem], samples: Samples) -> list[Problem]:
-        return self.keep(name, Problem, make_pseudo_labels, problems, samples, self.config.percentile)
+    def write_rationales(
+        self, writer: T5, title: str, problems: Sequence[Problem], **options
+    ) -> list[dict]:
+        """A row for each problem, written by all processes together. options: of decode.generate."""
+        options["max_new_tokens"] = self.config.max_new_tokens
+        options["batch_size"] = self.config.decode_batch_size
+        options["title"] = title if rank_and_count()[0] == 0 else None
 
-    def keep(self, name: str, kind: type, make: Callable[..., list], problems, samples: Samples, limit: float) -> list:
-        made = lambda _: [*map(asdict, make(problems, samples, self.tokenizer, self.config.max_similarity, limit))]
-        count = lambda rows: {"kept": len(rows), "questions": len({row["question"] for row in rows})}
-        return [kind(**row) for row in self.keep_rows(name, [0], made, count)]
+        def write(share: Sequence[Problem]) -> list[dict]:
+            questions = [problem.question for problem in share]
+            rows = []
+            for problem, samples in zip(
+                share, generate(writer, self.tokenizer, questions, **options)
+            ):
+                row = {"question": problem.question, "answer": problem.answer}
+                row["rationales"] = [sample.text for sample in samples]
+                row["finished"] = [sample.finished for sample in samples]
+                rows.append(row)
+            return rows
 
-def fitting(do: Callable[[int], object], config, name: str):
-    """do(config.NAME), a batch size: halved whenever memory is too small for it, unless other processes would wait for this one."""
-    while True:
-        try:
-            return do(size := getattr(config, name))
-        except torch.OutOfMemoryError as error:
-            if size <= 1 or place()[1] > 1:
-                raise
-            print(f"Out of memory ({str(error).splitlines()[0]:.80}): again with {name} {size // 2}")
-        setattr(config, name, size // 2)  # here, where the error no longer holds what did not fit
+        return share_work(problems, write)
 
-def cut(problems: Sequence, most: int) -> list[Sequence]:
-    """Cut problems into parts of about equal size, of at most so many each, or of one."""
-    n = max(1, math.ceil(len(problems) / max(1, most)))
-    return [problems[len(problems) * i // n : len(problems) * (i + 1) // n] for i in range(n)]
+    def schedule(self, learning_rate: float, batch_size: int) -> Schedule:
+        c = self.config
+        return Schedule(
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            warmup_ratio=c.warmup_ratio,
+            final_ratio=c.final_ratio,
+            weight_decay=c.weight_decay,
+            max_grad_norm=c.max_grad_norm,
+            micro_batch_tokens=c.micro_batch_tokens,
+            bf16=c.bf16,
+            log_every=c.log_every,
+            seed=c.seed,
+        )
 
-def accuracies(rows: Sequence[dict]) -> dict[str, list[float]]:
-    """Percentage of problems solved, by test, and both ends of its 95 % interval."""
+    def write_model(self, model: T5, path: Path) -> None:
+        """A checkpoint with the vocabulary, so that it stands on its own."""
+        save_flan_t5(model, path)
+        (path / "spiece.model").write_bytes((self.base / "spiece.model").read_bytes())
+
+
+def accuracies(rows: Sequence[dict]) -> dict[str, float]:
+    """Percentage of problems solved by their first rationale, by test."""
     solved: dict[str, list[bool]] = {}
     for row in rows:
-        name = row["test"] + ("" if row["calculator"] else " without calculator")
+        name = row["test"]
+        if not row["calculator"]:
+            name += " without calculator"
         solved.setdefault(name, []).append(is_correct(row["rationales"][0], row["answer"]))
-    return {name: [round(100 * share, 2) for share in wilson(sum(right), len(right))] for name, right in solved.items()}
+    return {name: 100 * sum(right) / len(right) for name, right in solved.items()}
 
-def wilson(n_right: int, n: int, z: float = 1.96) -> tuple[float, float, float]:
-    """The share n_right / n and its interval, 95 % for this z. Source: Wilson (1927)."""
-    share, size = n_right / n, 1 + z * z / n
-    middle, half = (share + z * z / 2 / n) / size, z * math.sqrt(share * (1 - share) / n + (z / 2 / n) ** 2) / size
-    return share, max(0.0, middle - half), min(1.0, middle + half)
 
-if __name__ == "__main__":
+def finished(path: Path) -> bool:
+    """Whether a stage's result is there: what has its final name is finished. Process 0 looks for all."""
+    return from_process_0(path.exists)
+
+
+def finish(path: Path, write: Callable[[Path], None]) -> None:
+    """Let process 0 write a stage's result beside its place and rename it when it is whole.
+
+    A run that is killed before that makes the stage again; one that is killed later finds it.
+    """
+
+    def write_it() -> None:
+        write_beside(path, write)
+
+    from_process_0(write_it)  # the others wait
+
+
+def main() -> None:
     tokenizer = Tokenizer(Path(__file__).parent / "data" / "tiny")
     problem = Problem("Tom has 3 boxes of 4 pens and loses 2. How many pens are left?", 10.0)
     samples = [
@@ -253,7 +411,17 @@ if __name__ == "__main__":
         "Tom has 3 * 4 = [ 3 * 4 = 12] 12 pens. Now 12 - 2 = [ 12 - 2 = 10] 10 are left. #### 10",
         "Tom has 3 + 4 = [ 3 + 4 = 7] 7 pens. He has 7 - 2 = [ 7 - 2 = 5] 5 left. #### 5",
     ]
-    print(problem.question, *(f"{'' if is_correct(text, 10) else 'in'}correct: {text}" for text in samples), sep="\n  ")
-    pairs, labels = (make([problem], [samples], tokenizer) for make in (make_pairs, make_pseudo_labels))
-    print("Preference pairs:", *(f"chosen: {pair.chosen}\n  rejected: {pair.rejected}" for pair in pairs), sep="\n  ")
-    print("Pseudo-labels (the second correct one is too like the first):", *(label.rationale for label in labels), sep="\n  ")
+    print(problem.question)
+    for text in samples:
+        verdict = "correct:  " if is_correct(text, problem.answer) else "incorrect:"
+        print(f"  {verdict} {text}")
+    print("Preference pairs:")
+    for pair in make_pairs(problem, samples, tokenizer):
+        print(f"  chosen:   {pair.chosen}\n  rejected: {pair.rejected}")
+    print("Pseudo-labels (of the two correct ones the second is too like the first):")
+    for label in make_pseudo_labels([problem], [samples], tokenizer):
+        print(f"  {label.rationale}")
+
+
+if __name__ == "__main__":
+    main()

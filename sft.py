@@ -1,16 +1,18 @@
-"""Supervised fine-tuning (paper, eq. 2), and the training loop: on one processor or many (torchrun), to be continued after a stop.
+"""Supervised fine-tuning (paper, eq. 2), and the training loop, which dpo.py uses too.
 
-Left out: generation, preferences, early stopping, mixed precision in fp16 (T5 overflows in it).
+Left out: generation, preferences, early stopping, fp16 (T5 overflows in it), and restarts inside a
+training: a run that was stopped begins its last stage again (selftrain.py). What the project knows of
+several processes stands at the end of this file.
 
-    python sft.py        # one batch worked by hand"""
+    python sft.py        # one example worked by hand
+"""
 
 import itertools
 import math
-import time
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -20,232 +22,270 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import T5, load_flan_t5, shift_right, save_tensors
+from model import T5, load_flan_t5, shift_right
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
 
 IGNORE = -100  # label of a position that has no target
-HEAD_TOKENS = 1024  # target tokens whose logits are computed at a time
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train. The numbers, with their sources, are the flags of run.py."""
+
+    learning_rate: float  # the peak, per optimiser step
+    batch_size: int  # examples (SFT) or pairs (DPO) per optimiser step, over all processes
+    warmup_ratio: float  # part of the steps spent going up
+    final_ratio: float  # the cosine ends at this part of the peak
+    weight_decay: float
+    max_grad_norm: float
+    micro_batch_tokens: int  # per forward pass; bounds the memory
+    bf16: bool  # compute in bf16, with weights and moments in fp32
+    log_every: int  # optimiser steps between two logged lines
+    seed: int  # of the data's order and of dropout
+
 
 @dataclass(frozen=True)
 class Example:
     """One training text as ids: the question and the rationale, both ending in EOS."""
+
     input_ids: list[int]
     labels: list[int]
+
+    @property
+    def weight(self) -> int:  # eq. 2 is a mean over target tokens
+        return len(self.labels)
 
     def __len__(self) -> int:
         return len(self.input_ids) + len(self.labels)
 
-@dataclass(frozen=True)
-class Schedule:
-    """How to train. Source: paper, table 5, unless said otherwise."""
-    learning_rate: float  # peak, per optimiser step
-    batch_size: int = 96  # examples (SFT) or pairs (DPO) per optimiser step
-    warmup_ratio: float = 0.1  # part of the steps spent going up
-    final_ratio: float = 0.1  # authors' code: the cosine ends at this part of the peak, not at 0
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    micro_batch_tokens: int = 2048  # our choice: padded tokens per forward pass; only dropout's draw and rounding depend on it
-    gradient_checkpointing: bool = False  # our choice: compute activations twice rather than keep them
-    bf16: bool = False  # our choice: compute in bf16, but keep the weights in fp32
-    shard: bool = False  # our choice: each of several processes keeps only its share of the weights and moments
-    log_every: int = 10  # optimiser steps between two lines
-    seed: int = 42  # authors' code
 
 def make_examples(problems: Sequence, tokenizer: Tokenizer) -> list[Example]:
     """Encode problems that have a `question` and a formatted `rationale`."""
-    return [Example(tokenizer.encode(p.question, MAX_QUESTION), tokenizer.encode(p.rationale, MAX_RATIONALE)) for p in problems]
+    examples = []
+    for problem in problems:
+        input_ids = tokenizer.encode(problem.question, MAX_QUESTION)
+        labels = tokenizer.encode(problem.rationale, MAX_RATIONALE)
+        examples.append(Example(input_ids, labels))
+    return examples
 
-def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Pad examples to input_ids (B, S), attention_mask (B, S) and labels (B, T) with IGNORE as padding, int64."""
-    input_ids, attention_mask = pad_batch([example.input_ids for example in examples])
-    labels, _ = pad_batch([example.labels for example in examples], IGNORE)
-    return input_ids.to(device), attention_mask.to(device), labels.to(device)
 
 def token_logps(model: T5, states: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of every target token: states (B, S, D), labels (B, T) -> (B, T) fp32, 0 where ignored.
-    Held for the backward pass: (N, V) fp32 for the N real tokens of these labels, a micro-batch; the work on them takes
-    (HEAD_TOKENS, V) at a time, and with gradient checkpointing nothing more is held. Padding never meets the vocabulary."""
+    """Log-probability of every target token: states (B, S, D), mask (B, S), labels (B, T) -> (B, T) fp32.
+
+    Ignored positions give 0. The vocabulary's logits, the largest tensor of all, are only computed for
+    the N real tokens.
+    """
     real = labels != IGNORE  # (B, T)
-    hidden = model.decode(shift_right(labels), states, attention_mask, real)  # (N, D)
+    hidden = model.decode(shift_right(labels), states, attention_mask)  # (B, T, D)
+    logits = model.lm_head(hidden[real]).float()  # (N, V)
+    logps = torch.zeros(labels.shape, device=labels.device)
+    logps[real] = -F.cross_entropy(logits, labels[real], reduction="none")
+    return logps
 
-    def head(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
-
-    parts = zip(hidden.split(HEAD_TOKENS), labels[real].split(HEAD_TOKENS))
-    logps = torch.cat([model.run(head, *part) for part in parts])  # (N,)
-    return logps.new_zeros(labels.shape).masked_scatter(real, logps)
 
 def sft_loss(model: T5, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Eq. 2: negative log-likelihood of the rationales, summed over their tokens (`train` divides by their number)."""
-    input_ids, attention_mask, labels = collate(examples, model.device)
-    return {"loss": -token_logps(model, model.encode(input_ids, attention_mask), attention_mask, labels).sum()}
+    """Eq. 2: the negative log-likelihood of the rationales, summed over their tokens.
+
+    `train` divides by the number of tokens in the whole batch.
+    DIFFERS: the authors average over the tokens of each device, and then over the devices.
+    """
+    input_ids, mask = pad_batch([example.input_ids for example in examples], model.device)
+    labels, _ = pad_batch([example.labels for example in examples], model.device, IGNORE)
+    states = model.encode(input_ids, mask)
+    return {"loss": -token_logps(model, states, mask, labels).sum()}
+
 
 def learning_rate(step: int, n_steps: int, schedule: Schedule) -> float:
-    """The rate of optimiser step 0 <= step < n_steps: linear warm-up to the peak, then a cosine down."""
-    warmup = math.ceil(schedule.warmup_ratio * n_steps)
-    if step < warmup:
-        return schedule.learning_rate * (step + 1) / warmup
-    cosine = (1 + math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup))) / 2
+    """The rate of optimiser step 0 <= step < n_steps: linear warm-up to the peak, then a cosine down.
+
+    DIFFERS: in the authors' framework step 0 has rate 0 and so does nothing.
+    """
+    n_warmup = math.ceil(schedule.warmup_ratio * n_steps)
+    if step < n_warmup:
+        return schedule.learning_rate * (step + 1) / n_warmup
+    progress = (step - n_warmup) / (n_steps - n_warmup)  # 0 to 1
+    cosine = (1 + math.cos(math.pi * progress)) / 2  # 1 to 0
     return schedule.learning_rate * (schedule.final_ratio + (1 - schedule.final_ratio) * cosine)
 
-def epochs(n: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Yield batches of indices below n for ever: each epoch in a new order, its last batch possibly smaller."""
+
+def batches(items: Sequence, batch_size: int, seed: int) -> Iterator[list]:
+    """Yield batches for ever: each epoch in a new order, its last batch possibly smaller."""
     for epoch in itertools.count():
-        order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
-        yield from (order[at : at + batch_size] for at in range(0, n, batch_size))
+        order = np.random.default_rng([seed, epoch]).permutation(len(items))
+        for start in range(0, len(order), batch_size):
+            yield [items[i] for i in order[start : start + batch_size]]
+
 
 def micro_batches(batch: Sequence, max_tokens: int) -> list[list]:
-    """Cut a batch into pieces of similar length: number of items times the longest stays within max_tokens."""
-    pieces = []
-    for item in sorted(batch, key=len, reverse=True):  # longest first: it sets the width of its piece
-        if not pieces or (len(pieces[-1]) + 1) * len(pieces[-1][0]) > max_tokens:
-            pieces.append([])
-        pieces[-1].append(item)
-    return pieces
+    """Cut a batch into parts of similar length: the number of items times the longest is at most max_tokens.
 
-def print_log(record: dict) -> None:
-    tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+    An item that is longer than that is a part of its own.
+    """
+    parts: list[list] = []
+    for item in sorted(batch, key=len, reverse=True):
+        fits = parts and (len(parts[-1]) + 1) * len(parts[-1][0]) <= max_tokens
+        if not fits:
+            parts.append([])
+        parts[-1].append(item)
+    return parts
+
 
 def train(
-    model: T5, items: Sequence, n_steps: int, loss_of: Callable[[T5, list], dict[str, Tensor]],
-    weight_of: Callable[[object], int], schedule: Schedule, name: str, dropout: bool = True,
-    watch: Callable[[nn.Module], dict] = lambda loss: {}, log: Callable[[dict], None] = print_log, progress=None,
-) -> T5:  # fmt: skip
-    """Train with AdamW for n_steps optimiser steps, and return the model in evaluation mode.
-    loss_of(model, items) gives sums, "loss" among them; each is divided by the summed weight_of of the whole batch, so
-    that the loss of a batch does not depend on how memory forces it to be cut, nor on how many processes share the pieces.
-    watch(loss): more numbers for a logged step. progress: a Progress, or None for a training that cannot be continued.
-    Raises: ValueError without items; FloatingPointError when the gradient is no longer finite."""
+    model: T5,
+    items: Sequence,
+    n_steps: int,
+    loss_of: Callable[[T5, list], dict[str, Tensor]],
+    schedule: Schedule,
+    name: str,
+    log: Callable[[dict], None],
+    dropout: bool = True,
+) -> T5:
+    """Train with AdamW for n_steps optimiser steps; return the model in evaluation mode.
+
+    items have a length in tokens and a `weight`. loss_of(model, items) returns sums over the items, the
+    "loss" among them. Each is divided by the weight of the whole batch, so that, but for dropout's draw,
+    nothing depends on how the batch is cut, nor on how many processes share it.
+    Raises ValueError without items, FloatingPointError when the gradient is not finite.
+    DIFFERS: weight decay includes norms and position biases, which the authors' framework spares.
+    """
     if not items:
-        raise ValueError(f"{name}: there is nothing to train on; SFT needs rationales, DPO preference pairs")
+        raise ValueError(
+            f"{name}: there is nothing to train on; SFT needs labeled problems, DPO pairs"
+        )
+    rank, n_processes = rank_and_count()
+    torch.manual_seed(schedule.seed + rank)  # dropout is another one in every process
     model.train(dropout)
-    model.gradient_checkpointing = schedule.gradient_checkpointing
-    (rank, n), (loss, apart) = place(), spread(Loss(model, loss_of, schedule.bf16), schedule.shard)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=schedule.weight_decay, fused=True)
-    first = progress.restore(model, optimizer) if progress else 0
-    batches = itertools.islice(epochs(len(items), schedule.batch_size, schedule.seed), first, n_steps)
-    bar = tqdm(batches, name, n_steps, unit="step", initial=first, disable=True if rank else None)
-    for step, batch in enumerate(bar, first):
-        weight = sum(weight_of(items[i]) for i in batch)
-        # 1. Gradients of the whole batch, piece by piece, n processes side by side; who finds no piece left in the last
-        #    turn repeats one that does not count. Dropout repeats from (seed, step, piece) alone.
-        pieces = micro_batches([items[i] for i in batch], schedule.micro_batch_tokens)
-        sums: dict[str, Tensor] = {}
-        for i in range(rank, turns := math.ceil(len(pieces) / n) * n, n):
-            torch.manual_seed((schedule.seed * 1_000_003 + step) * 1_009 + i)
-            with apart() if i + n < turns else nullcontext():
-                terms = {key: value * (i < len(pieces)) for key, value in loss(pieces[i % len(pieces)]).items()}
-                (terms["loss"] * n / weight).backward()  # times n, for the processes' mean is taken
-            sums = {key: sums.get(key, 0) + value.detach() for key, value in terms.items()}
-        # 2. One optimiser step.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), weight_decay=schedule.weight_decay, fused=True
+    )
+    source = batches(items, schedule.batch_size, schedule.seed)
+    for step in tqdm(range(n_steps), name, unit="step", disable=True if rank > 0 else None):
+        batch = next(source)
+        weight = sum(item.weight for item in batch)
+        # 1. The gradient of this process's share of the batch, one micro-batch after the other.
+        sums: dict[str, float] = {}
+        for part in micro_batches(batch[rank::n_processes], schedule.micro_batch_tokens):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=schedule.bf16):
+                terms = loss_of(model, part)
+            (terms["loss"] / weight).backward()
+            for key, value in terms.items():
+                sums[key] = sums.get(key, 0.0) + value.item() / weight
+        # 2. The gradient of the whole batch.
+        if n_processes > 1:
+            sums = add_over_processes(model, sums)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm).item()
         if not math.isfinite(norm):
-            kept = progress and progress.folder.find(progress.name) or "none yet"
-            raise FloatingPointError(f"{name}: the gradient of step {step + 1} (items {sorted(batch)}) is not finite: lower "
-                                     f"the learning rate, with another --out; last good checkpoint: {kept}")  # fmt: skip
-        optimizer.param_groups[0]["lr"] = rate = learning_rate(step, n_steps, schedule)
+            raise FloatingPointError(
+                f"{name}: the gradient of step {step + 1} is not finite: "
+                "lower the learning rate, with another --out"
+            )
+        # 3. One optimiser step.
+        rate = learning_rate(step, n_steps, schedule)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        # 3. One line per logged step.
+        # 4. One line per logged step.
         if step % schedule.log_every == 0 or step == n_steps - 1:
-            totals = torch.stack([*sums.values()])
-            if n > 1:
-                dist.all_reduce(totals)
-            means = {key: total / weight for key, total in zip(sums, totals.tolist())}
-            log({"stage": name, "step": step + 1, **means, "grad_norm": norm, "learning_rate": rate, **watch(loss)})
-        if progress:
-            progress.save(step + 1, model, optimizer)
-    if schedule.shard and n > 1:  # the whole model again, on the CPU of process 0
-        api, whole = whole_states()
-        state = api.get_model_state_dict(model, options=whole)
-        with torch.device("meta"):
-            model = T5(model.config)
-        model.load_state_dict(state, strict=rank == 0, assign=True)
+            numbers = {"grad_norm": norm, "learning_rate": rate}
+            log({"stage": name, "step": step + 1} | sums | numbers)
     return model.eval()
 
-def train_sft(model: T5, examples: Sequence[Example], n_epochs: int, schedule: Schedule, name="SFT", **options) -> T5:
-    """Fine-tune for n_epochs passes over the examples; the loss is a mean over rationale tokens. options: see `train`."""
+
+def train_sft(
+    model: T5,
+    examples: Sequence[Example],
+    n_epochs: int,
+    schedule: Schedule,
+    name: str,
+    log: Callable[[dict], None],
+) -> T5:
+    """Fine-tune for n_epochs passes over the examples."""
     n_steps = n_epochs * math.ceil(len(examples) / schedule.batch_size)
-    return train(model, examples, n_steps, sft_loss, lambda example: len(example.labels), schedule, name, **options)
+    return train(model, examples, n_steps, sft_loss, schedule, name, log)
 
-# ---------------------------------------------------------------------------- many processes, and starting where one stopped
 
-def place() -> tuple[int, int]:
-    """The rank of this process, and how many there are: 0 and 1 unless torchrun has started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+# ------------------------------------------------------------------------ several processes (torchrun)
+#
+# Every process goes through the whole program. They share the examples of a batch and the problems of
+# a sampling; process 0 alone changes files and prints.
 
-def deal(work: Sequence, do: Callable, title: str | None = None) -> list:
-    """Do piece i of the work in process i % n; return all results, in order, in every process. title: of a bar on stderr."""
-    rank, n = place()
-    done = [do(piece) for piece in tqdm(work[rank::n], desc=title, disable=None if title and rank == 0 else True)]
-    everyone = [done] * n
-    if n > 1:
-        dist.all_gather_object(everyone, done)
-    return [everyone[i % n][i // n] for i in range(len(work))]
+TIMEOUT = timedelta(hours=1)  # how long one process waits for another before it gives up
 
-def alone(do: Callable[[], object]) -> None:
-    """Let process 0 change files, when no other is still looking for what is there, and all others wait until it has."""
-    deal((), do)
-    deal([0], lambda _: do())
 
-class Loss(nn.Module):
-    """loss_of(model, items), if bf16 then in that over fp32 weights. A module, for there data parallelism can hook in."""
-    def __init__(self, model: T5, loss_of: Callable, bf16: bool):
-        super().__init__()
-        self.model, self.loss_of, self.bf16 = model, loss_of, bf16
+def start_processes(device: str) -> None:
+    """Meet the other processes, if torchrun has started several: over NCCL between GPUs, else over gloo."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torchrun's word for the number of processes
+        return
+    if device == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError("there are more processes than GPUs here: lower --nproc-per-node")
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("nccl", timeout=TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
 
-    def forward(self, items: list):
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.loss_of(self.model, items)
 
-def spread(loss: Loss, shard: bool) -> tuple[nn.Module, Callable]:
-    """Let processes average their gradients in the backward pass: the module to call, and a context in which they do not.
-    shard: every process keeps its part of each matrix instead of the whole, and averaging is never put off."""
-    if place()[1] == 1:
-        return loss, nullcontext
-    if not shard:
-        parallel = nn.parallel.DistributedDataParallel(loss, gradient_as_bucket_view=True)
-        return parallel, parallel.no_sync
-    from torch.distributed.fsdp import fully_shard  # here, because it takes half a second
-    mesh = dist.init_device_mesh(loss.model.device.type, (place()[1],))
-    for part in (*loss.model.encoder.blocks, *loss.model.decoder.blocks, loss):
-        fully_shard(part, mesh=mesh)
-    return loss, nullcontext
+def rank_and_count() -> tuple[int, int]:
+    """The number of this process, and how many there are: 0 and 1 unless torchrun has started several."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
-def whole_states() -> tuple:
-    """torch's own reader and writer of states, and how to get them as whole tensors whoever holds which share of them."""
-    from torch.distributed.checkpoint import state_dict  # here, because it takes half a second
-    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-class Progress:
-    """Where a training stands, kept in a data.folder.RunFolder: the same training goes on from there, on any number of GPUs."""
-    def __init__(self, folder, name: str, minutes: float):
-        self.folder, self.name, self.minutes, self.saved = folder, f"{name}.step-", minutes, time.monotonic()
+def from_process_0(make: Callable[[], object]) -> object:
+    """make(), called by process 0 alone; all processes get what it returns."""
+    rank, n_processes = rank_and_count()
+    if n_processes == 1:
+        return make()
+    made = [None]
+    if rank == 0:
+        made = [make()]
+    dist.broadcast_object_list(made)
+    return made[0]
 
-    def restore(self, model: T5, optimizer: torch.optim.Optimizer) -> int:
-        """Put both where they were at the last save; return the number of steps done by then."""
-        if not (path := self.folder.find(self.name)):
-            return 0
-        weights, moments, step = torch.load(path, weights_only=True)
-        api, whole = whole_states()
-        api.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=whole)
-        return step
 
-    def save(self, step: int, model: T5, optimizer: torch.optim.Optimizer) -> None:
-        if any(deal([0], lambda _: time.monotonic() - self.saved >= 60 * self.minutes)):
-            api, whole = whole_states()
-            write = partial(save_tensors, (*api.get_state_dict(model, optimizer, options=whole), step))
-            alone(lambda: self.folder.write(f"{self.name}{step}.pt", write, replaces=self.name))
-            self.saved = time.monotonic()
+def share_work(items: Sequence, do: Callable[[Sequence], list]) -> list:
+    """do(items) -> one result per item, every process doing an equal part; all get all results, in order."""
+    rank, n_processes = rank_and_count()
+    done = do(items[rank::n_processes])
+    if n_processes == 1:
+        return done
+    everyone: list[list] = [[]] * n_processes
+    dist.all_gather_object(everyone, done)
+    # Item i was the (i // n)-th of process i % n.
+    return [everyone[i % n_processes][i // n_processes] for i in range(len(items))]
 
-if __name__ == "__main__":
+
+def add_over_processes(model: T5, sums: dict[str, float]) -> dict[str, float]:
+    """Add up all processes' gradients, in place, and the numbers to be logged."""
+    for parameter in model.parameters():
+        if parameter.grad is None:  # this process had no example
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+    everyone: list[dict] = [{}] * rank_and_count()[1]
+    dist.all_gather_object(everyone, sums)
+    total: dict[str, float] = {}
+    for one in everyone:
+        for key, value in one.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def main() -> None:
     folder = Path(__file__).parent / "data" / "tiny"
     model, tokenizer = load_flan_t5(folder), Tokenizer(folder)
-    example = Example(tokenizer.encode("How many are 2 + 3?"), tokenizer.encode("[ 2 + 3 = 5] #### 5"))
-    input_ids, attention_mask, labels = collate([example])
+    question = "How many are 2 + 3?"
+    input_ids, mask = pad_batch([tokenizer.encode(question)])
+    labels, _ = pad_batch([tokenizer.encode("[ 2 + 3 = 5] #### 5")])
     with torch.no_grad():
-        logps = token_logps(model, model.encode(input_ids, attention_mask), attention_mask, labels)[0]
-    for before, target, logp in zip(shift_right(labels)[0].tolist(), example.labels, logps.tolist()):
-        print(f"  after {tokenizer.piece(before)!r:>8} -> {tokenizer.piece(target) or '</s>'!r:<8} log p = {logp:8.4f}")
-    print(f"After 'How many are 2 + 3?': loss (eq. 2) = -({logps.sum():.4f}) / {len(logps)} tokens = {-logps.mean():.4f}")
+        logps = token_logps(model, model.encode(input_ids, mask), mask, labels)[0]
+    print(f"{question} The rationale's tokens, each after the one before it:")
+    for before, target, logp in zip(shift_right(labels)[0].tolist(), labels[0].tolist(), logps):
+        piece = tokenizer.piece(target) or "</s>"
+        print(f"  after {tokenizer.piece(before)!r:>8} -> {piece!r:<8} log p = {logp:8.4f}")
+    print(f"loss (eq. 2) = -({logps.sum():.4f}) / {len(logps)} tokens = {-logps.mean():.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,1 @@
-"""Data: `problems` reads and writes, `sources` fetches, `synthetic` makes problems, `folder` keeps what a run has made."""
+"""Data: `problems` and `sources` and `synthetic` problems, a run's `folder`, the files of `checkpoints`."""

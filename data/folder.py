@@ -1,113 +1,123 @@
-"""A run's folder: what `sha256sums.txt` lists is finished and whole; anything else is half of something and does not count.
+"""A run's folder: what has its final name is finished, and a run is continued with its own numbers only.
 
-A file is written beside its place, moved into it, and then listed, so a run can be killed between any two instructions.
-The list is in the order of making, and `sha256sum --check` reads it too. Not in it: `config.json`, which every start
-compares with the command, `log.jsonl`, and what is made from the rest.
+Every result is written beside its place and renamed when it is whole, so a run can be killed at any
+moment; the stage it was in is made again.
 """
 
 import hashlib
 import json
 import os
-import re
 import shutil
-import sqlite3
-from collections.abc import Callable, Collection
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from data.problems import write_text
+MAY_CHANGE = {  # when a run goes on: for more of it, and where its computing is done
+    "rounds",
+    "method",
+    "device",
+    "bf16",
+    "micro_batch_tokens",
+    "decode_batch_size",
+    "log_every",
+    "out",
+    "weights",  # by name; by content they may not
+    "labeled",
+    "unlabeled",
+    "test",
+}
+OURS = ("warm-up", "st", "dpo-st", "log.jsonl", "results.json", "results.md")
 
-SUMS = "sha256sums.txt"
 
-class RunFolder:
-    """The files of one run, to be found by name."""
-    def __init__(self, path: Path):
-        self.path = path
+def write_text(text: str, path: Path) -> None:
+    """Write a small text file whole, in place of what is there."""
 
-    def open(self, config: dict, may_change: Collection[str] = ()) -> None:
-        """Start a run here, or continue one; no other process can until this one ends.
+    def write(unfinished: Path) -> None:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
 
-        Raises ValueError: another process is at work here, a file is damaged or gone, or the run has other numbers.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        sums, stored, elsewhere = self._sums(), self.path / "config.json", "put it back, or choose another --out"
-        for name, checksum in sums.items():
-            if not (self.path / name).is_file() or sha256(self.path / name) != checksum:
-                raise ValueError(f"{self.path / name} is damaged or gone: put it back, or delete its line and all below it "
-                                 f"from {SUMS}, and what those name is made again")  # fmt: skip
-        if not (self.path / SUMS).exists() and any(path.is_dir() for path in self.path.iterdir()):
-            raise ValueError(f"{self.path / SUMS} is gone: {elsewhere}")
-        if sums and not stored.exists():
-            raise ValueError(f"{stored} is gone: {elsewhere}")
+    write_beside(path, write)
+
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """Let write(unfinished) make a file or a folder beside `path`, and rename it when it is whole.
+
+    So whatever has its final name is finished, whenever the process is killed. What is written has a
+    name of its own, so two runs cannot write into each other's files. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{path.name}.unfinished-"
+    with tempfile.TemporaryDirectory(
+        prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+        unfinished = Path(folder) / path.name
+        write(unfinished)
+        if not path.is_dir():  # else another run has made the same folder meanwhile
+            os.replace(unfinished, path)
+    for leftover in path.parent.glob(f"{prefix}*"):  # of a process that was killed above
+        if leftover.is_dir() and {part.name for part in leftover.iterdir()} <= {path.name}:
+            shutil.rmtree(leftover)
+
+
+def open_folder(folder: Path, config: dict, problems: object, base: Path) -> None:
+    """Begin a run in its folder, or continue one, and write config.json.
+
+    Raises ValueError if the folder holds a run with other numbers, problems or base weights, or files
+    that stand where this run's would.
+    """
+    path = folder / "config.json"
+    config = config | {
+        "problems": hashlib.sha256(repr(problems).encode()).hexdigest(),
+        "base_weights": checksum(base),
+    }
+    if path.exists():
+        before = read_config(path)
+        for name in config:
+            if name not in MAY_CHANGE and before.get(name) != config[name]:
+                there = f"--{name.replace('_', '-')} {before.get(name)}"
+                if name in ("problems", "base_weights"):
+                    there = f"other {name.replace('_', ' ')}"
+                raise ValueError(
+                    f"{folder} holds a run with {there}: repeat that, or choose another --out"
+                )
+    else:
+        for name in OURS:
+            if (folder / name).exists():
+                raise ValueError(f"{folder / name} is of no run: choose another --out")
+    write_text(json.dumps(config, indent=2) + "\n", path)
+    drop_unfinished(folder)
+
+
+def read_config(path: Path) -> dict:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} is damaged: choose another --out")
+    return before
+
+
+def checksum(base: Path) -> str:
+    """A checksum of a checkpoint's files, whatever their folder is called."""
+    digest = hashlib.sha256()
+    for path in sorted(base.iterdir()):
+        if path.suffix in (".json", ".bin", ".safetensors", ".model"):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Take the lines of stages that were not finished out of log.jsonl: they will be logged again."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            before = dict(json.loads(stored.read_bytes())) if stored.exists() else config
-        except (ValueError, TypeError):
-            raise ValueError(f"{stored} is damaged: {elsewhere}") from None
-        names = [n for n in {**config, **before} if n not in may_change and (before.get(n) or 0) != (config.get(n) or 0)]  # 0: new
-        if names:
-            told = lambda n: "other problems" if "checksum" in n else f"--{n.replace('_', '-')} {before.get(n) or 'off'}"
-            raise ValueError(f"{self.path} holds a run with {', '.join(map(told, names))}: repeat that, or choose another --out")
-        write_text(json.dumps(config, indent=2) + "\n", stored)
-        self._list(sums)
-        for path in (*self.path.rglob("*.parts"), *self.path.rglob("*.step-*"), *self.path.rglob("*.partial")):  # of a kill
-            if not self.find(path.relative_to(self.path).as_posix()):
-                remove(path)
-        log = self.path / "log.jsonl"
-        if log.exists() and not (content := log.read_bytes()).endswith(b"\n"):  # killed in the middle of a line
-            os.truncate(log, content.rfind(b"\n") + 1)
-
-    def find(self, name: str) -> Path | None:
-        """The path of the first finished file whose name begins so, None if there is none."""
-        return next((self.path / found for found in self._sums() if found.startswith(name)), None)
-
-    def write(self, name: str, make: Callable[[Path], None], replaces: str = "") -> None:
-        """Let make(path) write a file or a folder, and list it. What begins with `replaces`, if given, goes."""
-        path, partial = self.path / name, self.path / f"{name}.partial"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in (path, partial):  # of a run that was killed here
-            remove(leftover)
-        make(partial)
-        new = {file.relative_to(partial): sha256(file) for file in sorted(partial.rglob("*")) or [partial]}
-        os.replace(partial, path)
-        old = tuple(filter(None, [name, replaces]))
-        kept = {file: checksum for file, checksum in self._sums().items() if not file.startswith(old)}
-        self._list(kept | {(Path(name) / file).as_posix(): checksum for file, checksum in new.items()})
-        for leftover in self.path.glob(f"{replaces}*") if replaces else ():
-            if leftover != path:
-                remove(leftover)
-
-    def log(self, record: dict) -> None:
-        """Add a line to log.jsonl."""
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def _lock(self) -> None:
-        """SQLite's exclusive lock of a file works on every system, which lets go of it however the process ends."""
-        try:
-            self.lock = sqlite3.connect(self.path / "lock", timeout=0)
-            self.lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.DatabaseError as error:
-            if "locked" in str(error):
-                raise ValueError(f"another process is at work in {self.path}: wait for it, or choose another --out") from None
-            raise OSError(f"{self.path} cannot be written to ({error}): choose another --out") from None
-
-    def _sums(self) -> dict[str, str]:
-        path, sums = self.path / SUMS, {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        for number, line in enumerate(lines, 1):
-            if not (found := re.fullmatch(r"([0-9a-f]{64})  (\w[\w./-]*)", line, re.ASCII)):
-                raise ValueError(f"{path}, line {number} is damaged: delete it and all below it, and what those name is made again")
-            sums[found[2]] = found[1]
-        return sums
-
-    def _list(self, sums: dict[str, str]) -> None:
-        write_text("".join(f"{checksum}  {name}\n" for name, checksum in sums.items()), self.path / SUMS)
-
-def sha256(path: Path) -> str:
-    """The checksum of a file that by then is on the disk, or a power cut might keep the list and lose the file."""
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            stage = json.loads(line)["stage"]
+        except ValueError:  # killed in the middle of a line
+            continue
+        if (folder / stage).exists():
+            kept.append(line)
+    write_text("".join(kept), path)

@@ -1,110 +1,174 @@
-"""Problems: read, check and write them. A dataset is a JSONL file, one problem per line, in one of three spellings:
+r"""Problems: read, check and write them. A dataset is a JSONL file, one problem a line, in one of three spellings:
 
-    {"question": "...", "answer": 24, "rationale": "48/2 = <<48/2=24>>24 clips\\n#### 24"}   this project's own
-    {"question": "...", "answer": "48/2 = <<48/2=24>>24 clips\\n#### 24"}                    GSM8K; the paper's split adds `ans`
-    {"question": "...", "ans": 24.0}                                                        MultiArith, ASDiv, SVAMP
+    {"question": "...", "answer": 24, "rationale": "48/2 = <<48/2=24>>24 clips\n#### 24"}   this project's
+    {"question": "...", "answer": "48/2 = <<48/2=24>>24 clips\n#### 24"}                    GSM8K's
+    {"question": "...", "ans": 24.0}                                              MultiArith, ASDiv, SVAMP
 
 One bad line refuses the whole file: skipping it would change the training set without a word.
 """
 
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-NUMBER = re.compile(r"-?([0-9][0-9,]*\.?[0-9]*|\.[0-9]+)")
+NUMBER = re.compile(r"-?(([0-9]{1,3}(,[0-9]{3})+|[0-9]+)(\.[0-9]*)?|\.[0-9]+)")
 WORD = re.compile(r"[^\W\d_].{0,39}")  # begins with a letter: `6 apples` is meant to be a number
+
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its gold answer (a number or a short text), and maybe a rationale: in files GSM8K's raw text, `#### 24` last."""
+    """A question, its gold answer (a number or a short text), and maybe a rationale that ends in it."""
+
     question: str
     answer: float | str
     rationale: str | None = None
 
+
+def same_answer(a: float | str, b: float | str) -> bool:
+    """Numbers are the same up to 1e-4, texts up to case, spaces, a final stop, and the form of Unicode."""
+    if isinstance(a, str) and isinstance(b, str):
+        return plain_text(a) == plain_text(b)
+    if isinstance(a, str) or isinstance(b, str):
+        return False
+    return abs(a - b) < 1e-4
+
+
+def plain_text(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text)  # as SentencePiece does with all that a model reads
+    return "".join(text.split()).rstrip(".").casefold()
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
 def load_problems(path: str | Path) -> list[Problem]:
-    """Read a dataset. Raises ValueError for an empty file or a bad line, FileNotFoundError for a missing file."""
-    problems = _parse_lines(path, _to_problem)
+    """Read a dataset.
+
+    Raises FileNotFoundError for a missing file, ValueError for an empty one or a bad line.
+    """
+    problems = []
+    for number, row in read_lines(path):
+        try:
+            problems.append(to_problem(row))
+        except (ValueError, OverflowError) as error:  # OverflowError: an integer no float can hold
+            raise ValueError(f"{path}, line {number}: {error}") from None
     if not problems:
-        raise ValueError(f"{path} holds no problem; write one JSON object per line, with question and answer.")
+        raise ValueError(
+            f"{path} holds no problem: write one JSON object a line, with question and answer"
+        )
     return problems
 
+
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Read a file of one JSON object per line. Raises ValueError or FileNotFoundError as `load_problems` does."""
-    return _parse_lines(path, dict)
+    """Read a file of one JSON object a line. Raises ValueError or FileNotFoundError."""
+    return [row for _, row in read_lines(path)]
 
-def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
-    """Write one JSON object per line; the same rows always give the same bytes."""
-    write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
 
-def write_text(text: str, path: str | Path) -> None:
-    """Write `text` (UTF-8) beside `path` and rename it into place, so that no reader ever meets half a file."""
-    partial = Path(f"{path}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may keep the new name and lose the text
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # after a failure, Ctrl-C included; after success it is gone already
-
-def _parse_lines(path: str | Path, parse: Callable) -> list:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path}; check the path, or run `python -m data.sources` for public data.")
-    parsed = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+def read_lines(path: str | Path) -> list[tuple[int, dict]]:
+    """The objects of a JSONL file, each with the number of its line; empty lines are passed over."""
+    path = Path(path)
+    if not path.exists() or path.is_dir():
+        raise FileNotFoundError(f"there is no file {path}: check the path")
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
-            if text := line.decode("utf-8-sig").strip():  # -sig: some editors begin a file with a byte order mark
-                row = json.loads(text)
-                if not isinstance(row, dict):
-                    raise ValueError("each line must be a JSON object")
-                parsed.append(parse(row))
-        except (ValueError, OverflowError, RecursionError) as error:  # bad bytes, huge integers, endless brackets
-            reason = f"each line must be a JSON object ({error.msg})" if hasattr(error, "msg") else error
-            raise ValueError(f"{path}, line {number}: {reason}") from None
-    return parsed
+            text = line.decode("utf-8-sig").strip()  # -sig: some editors begin a file with a mark
+            if not text:
+                continue
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)  # of JSON's error without its own line numbers
+            raise ValueError(
+                f"{path}, line {number}: each line must be a JSON object ({reason})"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: each line must be a JSON object")
+        rows.append((number, row))
+    return rows
 
-def _to_problem(row: dict) -> Problem:
-    question, answer, rationale = row.get("question"), row.get("answer"), row.get("rationale")
+
+def to_problem(row: dict) -> Problem:
+    """Check one line and bring it to one form. Raises ValueError with what is wrong in it."""
+    question = row.get("question")
+    answer = row.get("answer")
+    rationale = row.get("rationale")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question must be text, and not empty")
     if isinstance(answer, str) and "####" in answer:  # GSM8K keeps the rationale here
         if rationale is not None:
-            raise ValueError("both a rationale and an answer in words; keep one of them")
-        rationale, answer = answer, _final_answer(answer)
-    elif answer is not None and "ans" in row:
-        raise ValueError("both an answer and an ans; keep one of them")
-    answer = row.get("ans", _final_answer(rationale) if answer is None and isinstance(rationale, str) else answer)
-    answer = _to_answer(answer) if isinstance(answer, str) else answer
-    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer)
-    if not is_number and not isinstance(answer, str):
+            raise ValueError("there are two rationales, one of them in the answer; keep one")
+        rationale = answer
+        answer = None
+    if "ans" in row:
+        if answer is not None:
+            raise ValueError("there is an answer and an ans; keep one of them")
+        answer = row["ans"]
+    if rationale is not None:
+        final = final_answer(rationale)
+        if answer is None and "ans" not in row:
+            answer = final
+    if isinstance(answer, str):
+        answer = to_answer(answer)
+    elif type(answer) in (int, float) and math.isfinite(answer):
+        answer = float(answer)
+    else:
         raise ValueError(f"the answer must be a finite number or a short text, not {answer!r:.40}")
-    if rationale is not None and not same_answer(_final_answer(rationale), answer):
-        raise ValueError(f"the rationale ends in another answer than {answer}")
-    f"{question}{answer}{rationale}".encode()  # refuses half a surrogate pair, which JSON can spell and no file can hold
-    return Problem(question, float(answer) if is_number else answer, rationale)
+    if rationale is not None and not same_answer(final, answer):
+        raise ValueError(f"the rationale ends in {final}, but the answer is {answer}")
+    for text in (question, rationale or "", str(answer)):
+        text.encode()  # raises for half a character, which JSON can spell and no file can hold
+    return Problem(question, answer, rationale)
 
-def same_answer(a: float | str, b: float | str) -> bool:
-    """Numbers are the same up to 1e-4, texts up to case, spaces and a final stop."""
-    if isinstance(a, str) and isinstance(b, str):
-        a, b = ("".join(text.split()).rstrip(".").casefold() for text in (a, b))
-        return a == b
-    return not isinstance(a, str) and not isinstance(b, str) and abs(a - b) < 1e-4
 
-def _final_answer(rationale: object) -> float | str:
-    _, marker, end = rationale.rpartition("####") if isinstance(rationale, str) else ("", "", "")
-    if not marker:
+def final_answer(rationale: object) -> float | str:
+    """What stands behind the last `####`."""
+    if not isinstance(rationale, str) or "####" not in rationale:
         raise ValueError('a rationale must be text that ends in "#### ANSWER"')
-    return _to_answer(end)
+    return to_answer(rationale.rpartition("####")[2])
 
-def _to_answer(text: str) -> float | str:
-    if NUMBER.fullmatch(text := text.strip()):
-        return float(text.replace(",", ""))
+
+def to_answer(text: str) -> float | str:
+    """A number, or a short text that begins with a letter."""
+    text = text.strip()
+    if NUMBER.fullmatch(text):
+        number = float(text.replace(",", ""))
+        if math.isinf(number):
+            raise ValueError("the answer must be a finite number")
+        return number
     if not WORD.fullmatch(text):
-        raise ValueError(f"an answer must be a number or a short text, such as yes or a name, not {text!r:.40}")
+        raise ValueError(
+            f"an answer must be a number such as 1,200.5, or a short text such as yes, not {text!r:.40}"
+        )
     return text
+
+
+def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
+    """Write one JSON object a line, UTF-8; the same rows always give the same bytes."""
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# ------------------------------------------------------------------------------- training and tests
+
+
+def check_leakage(
+    labeled: list[Problem], unlabeled: list[Problem], tests: dict[str, list[Problem]]
+) -> None:
+    """Raise ValueError if a test asks what is trained on, up to case and spaces."""
+    trained = {spelled(problem) for problem in [*labeled, *unlabeled]}
+    for name, problems in tests.items():
+        leaked = [problem.question for problem in problems if spelled(problem) in trained]
+        if leaked:
+            raise ValueError(
+                f"{name}: {len(leaked)} questions are trained on, too ('{leaked[0]:.40}...'): "
+                "drop them, or add --allow-leakage"
+            )
+
+
+def spelled(problem: Problem) -> str:
+    return " ".join(problem.question.split()).casefold()

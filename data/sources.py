@@ -1,158 +1,283 @@
-"""Public sources: the paper's four datasets and the Flan-T5 weights, fetched once: `python -m data.sources base`.
+"""Public sources: the paper's four datasets and the Flan-T5 weights, fetched once.
 
-Every address, in sources.json, is pinned to a commit. A file takes its final name only after its checksum proved right, so
-what the cache holds is whole. Half a file is not resumed; a killed process leaves a *.partial file to delete.
+Every address, in sources.json, is pinned to a commit. A file takes its final name only after its
+checksum proved right, so what the cache holds is whole. Half a file is not resumed.
+
+    python -m data.sources base        # fetches the datasets and the weights of a size
 """
 
 import argparse
-import hashlib
+import importlib.util
 import json
 import os
 import re
-import shutil
 import socket
 import sys
 import urllib.request
-from collections.abc import Callable
+from functools import partial
 from http.client import HTTPException
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import HTTPError
 from xml.etree import ElementTree
 
 import torch.hub
 
-from data.problems import write_jsonl, write_text
+from data.checkpoints import BIN, SAFETENSORS, shards
+from data.folder import write_beside
+from data.problems import write_jsonl
 
 TIMEOUT = 60  # seconds without a byte; torch.hub itself waits for ever
+TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+DATASETS = TABLE["datasets"]
+FLAN_T5 = TABLE["flan-t5"]  # size: revision
+SHA256 = TABLE["sha256"]  # file: its checksum, where it is known
 
-def _multiarith(raw: bytes) -> list[dict]:
-    return [{"question": p["sQuestion"].strip(), "ans": p["lSolutions"][0]} for p in json.loads(raw)]
-
-def _asdiv(raw: bytes) -> list[dict]:
-    texts = [[p.findtext(tag) for tag in ("Body", "Question", "Answer")] for p in ElementTree.fromstring(raw).iter("Problem")]
-    whole = [(b, q, re.fullmatch(r"(\d+)( \(.*\))?", a)) for b, q, a in texts]  # with or without a unit: 2,096 of 2,305
-    return [{"question": f"{body} {question}".strip(), "ans": float(n[1])} for body, question, n in whole if n]
-
-def _svamp(raw: bytes) -> list[dict]:
-    rows = []
-    for p in json.loads(raw):
-        stop = "" if p["Body"].rstrip()[-1] in ".?!,;:" else "."
-        rows.append({"question": " ".join(f"{p['Body']}{stop} {p['Question']}".split()), "ans": p["Answer"]})
-    return rows
-
-_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-_CONVERSIONS = {"multiarith/test.jsonl": _multiarith, "asdiv/test.jsonl": _asdiv, "svamp/test.jsonl": _svamp}
-# file: conversion, sha256 of the source, its addresses on the host; size: revision; file: known sha256
-DATASETS = {name: (_CONVERSIONS.get(name), row["sha256"], *row["addresses"]) for name, row in _TABLE["datasets"].items()}
-FLAN_T5, SHA256 = _TABLE["flan-t5"], _TABLE["sha256"]
-
-def _cache(cache: str | Path | None) -> Path:
-    return Path(cache or os.environ.get("DPO_ST_CACHE") or "~/.cache/dpo-st").expanduser()
 
 class DownloadError(OSError):
     """One sentence: what could not be fetched, and what to do about it."""
 
+
 def fetch_datasets(cache: str | Path | None = None) -> Path:
-    """Return the folder with gsm8k/{train,dev,test}.jsonl and {multiarith,asdiv,svamp}/test.jsonl. Raises DownloadError."""
-    folder, host = _cache(cache) / "datasets", os.environ.get("DPO_ST_GITHUB") or "https://raw.githubusercontent.com"
-    for name, (convert, sha256, *addresses) in DATASETS.items():
-        for address in addresses:
-            try:
-                _download(f"{host}/{address}", folder / name, (sha256,), convert)
-                break
-            except DownloadError as error:
-                if "404" not in str(error) or address == addresses[-1]:
-                    raise
+    """Return the folder with gsm8k/{train,dev,test}.jsonl and {multiarith,asdiv,svamp}/test.jsonl.
+
+    Raises DownloadError.
+    """
+    folder = cache_folder(cache) / "datasets"
+    host = host_of("DPO_ST_GITHUB", "https://raw.githubusercontent.com")
+    for name, source in DATASETS.items():
+        path = folder / name
+        if path.exists():
+            continue
+        url = f"{host}/{source['address']}"
+        convert = CONVERSIONS.get(name)
+        if convert is None:
+            download(url, path, source["sha256"])
+            continue
+        raw = path.with_name(url.rpartition("/")[2])
+        download(url, raw, source["sha256"])
+        try:
+            write_beside(path, partial(write_jsonl, convert(raw.read_bytes())))
+        except OSError as error:
+            raise not_fetched(url, path, error) from error
     return folder
+
 
 def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
-    """Return a folder with config.json, spiece.model and weights: from this cache, the hub library's, or the hub.
-    Raises ValueError for an unknown size, DownloadError."""
+    """Return a folder with config.json, spiece.model and weights: from this cache, the public library's
+    own, or the hub.
+
+    Raises ValueError for an unknown size, DownloadError.
+    """
     if size not in FLAN_T5:
-        raise ValueError(f"There is no Flan-T5 {size!r}; choose among {', '.join(FLAN_T5)}.")
-    formats = ["model.safetensors"] * bool(find_spec("safetensors")) + ["pytorch_model.bin"]  # those that can be read
-    folder = _cache(cache) / f"flan-t5-{size}-{FLAN_T5[size][:8]}"
-    library = os.environ.get("HF_HUB_CACHE") or (os.environ.get("HF_HOME") or "~/.cache/huggingface") + "/hub"
-    for place in (folder, Path(library).expanduser() / f"models--google--flan-t5-{size}/snapshots/{FLAN_T5[size]}"):
-        for weights in formats:
-            if all((place / name).is_file() for name in ["config.json", "spiece.model", *_weight_files(place, weights)]):
-                return place
-    url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/google/flan-t5-{size}/resolve/{FLAN_T5[size]}"
-    sharded = size in ("xl", "xxl")
-    for name in ["config.json", "spiece.model"] + [f"{formats[0]}.index.json"] * sharded:
-        _download(f"{url}/{name}", folder / name, SHA256.get(name, ()))
-    for name in _weight_files(folder, formats[0]):
-        _download(f"{url}/{name}", folder / name, SHA256.get(f"{size}/{name}", ()))
+        raise ValueError(f"there is no Flan-T5 {size!r}: choose among {', '.join(FLAN_T5)}")
+    folder = cache_folder(cache) / f"flan-t5-{size}-{FLAN_T5[size][:8]}"
+    snapshot = f"models--google--flan-t5-{size}/snapshots/{FLAN_T5[size]}"
+    for place in (folder, library_cache() / snapshot):
+        if is_whole(place):
+            return place
+    host = host_of("HF_ENDPOINT", "https://huggingface.co")
+    url = f"{host}/google/flan-t5-{size}/resolve/{FLAN_T5[size]}"
+    # config.json and the index have no sha256 anywhere; model.py checks every word and number in them.
+    download(f"{url}/config.json", folder / "config.json")
+    download(f"{url}/spiece.model", folder / "spiece.model", SHA256["spiece.model"])
+    for name in readable_formats():
+        try:
+            fetch_weights(url, folder, name, size)
+            return folder
+        except DownloadError as error:
+            missing = isinstance(error.__cause__, HTTPError) and error.__cause__.code == 404
+            if not missing or name == BIN:  # the hub has no .safetensors of xxl
+                raise
     return folder
 
-def _weight_files(folder: Path, weights: str) -> list[str]:
-    """Name the files that hold the weights: one, or the shards that an index lists."""
-    index = folder / f"{weights}.index.json"
-    if not index.is_file():
-        return [weights]
+
+def fetch_weights(url: str, folder: Path, name: str, size: str) -> None:
+    """Fetch the weights in one format: one file, or for xl and xxl the shards that an index lists."""
+    paths = [folder / name]
+    if size in ("xl", "xxl"):
+        index = folder / f"{name}.index.json"
+        download(f"{url}/{index.name}", index)
+        try:
+            paths = shards(index)
+        except ValueError as error:
+            index.unlink()  # nothing that is broken stays
+            raise not_fetched(f"{url}/{index.name}", index, error) from error
+    for path in paths:
+        if not path.is_file():
+            address = f"{url}/{path.name}"
+            known = SHA256.get(f"{size}/{path.name}")
+            download(address, path, known or stated_sha256(address, path))
+
+
+def readable_formats() -> list[str]:
+    """The names of weight files that can be read here, best first."""
+    if importlib.util.find_spec("safetensors") is None:
+        return [BIN]
+    return [SAFETENSORS, BIN]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has all that a checkpoint needs."""
+    if not (folder / "config.json").is_file() or not (folder / "spiece.model").is_file():
+        return False
+    for name in readable_formats():
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return True
+        if index.is_file():
+            try:
+                return all(path.is_file() for path in shards(index))
+            except ValueError:  # somebody else's broken file
+                return False
+    return False
+
+
+# ------------------------------------------------------------------------------------------- places
+
+
+def cache_folder(cache: str | Path | None) -> Path:
+    """Where fetched files lie: the argument, $DPO_ST_CACHE, or the user's cache folder."""
+    cache = cache or os.environ.get("DPO_ST_CACHE")
+    if cache:
+        return Path(cache)
+    return user_cache() / "dpo-st"
+
+
+def library_cache() -> Path:
+    """Where the public library keeps what it has fetched."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable])
+    if os.environ.get("HF_HOME"):
+        return Path(os.environ["HF_HOME"]) / "hub"
+    return user_cache() / "huggingface" / "hub"
+
+
+def user_cache() -> Path:
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"])
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        if names and all(re.fullmatch(r"[\w-]+\.(safetensors|bin)", name) for name in names):  # "../x" would lead outside
-            return names
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise DownloadError(f"{index} does not list plain weight files; delete it and run the same command again.")
+        return Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        raise DownloadError(
+            "there is no home folder to keep files in: set DPO_ST_CACHE to a folder of yours"
+        ) from None
 
-class _StopAtChecksum(urllib.request.HTTPRedirectHandler):
-    """The hub states a large file's checksum in the reply that redirects to its storage, and only there."""
-    def redirect_request(self, request, reply, code, message, headers, url):
-        return None if "X-Linked-ETag" in headers else super().redirect_request(request, reply, code, message, headers, url)
 
-def _ask(url: str) -> tuple[str, int]:
-    """The checksum ("" if none) and the length in bytes that the host states."""
-    try:
-        headers = urllib.request.build_opener(_StopAtChecksum).open(urllib.request.Request(url, method="HEAD")).headers
-    except HTTPError as error:
-        if "X-Linked-ETag" not in (headers := error.headers):
-            raise
-    checksum = (headers.get("X-Linked-ETag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
-    return checksum, int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0)
+def host_of(variable: str, default: str) -> str:
+    return (os.environ.get(variable) or default).rstrip("/")
 
-def _download(url: str, path: Path, known: tuple[str, ...], convert: Callable | None = None) -> None:
-    """Fetch a file unless it is there; check it against a known sha256, or else what the host states; convert it."""
+
+# ------------------------------------------------------------------------------------- one download
+
+
+def not_fetched(url: str, path: Path, error: Exception) -> DownloadError:
+    return DownloadError(
+        f"{url} was not fetched into {path.parent} ({error}): mend that, or set DPO_ST_CACHE to "
+        "another folder, and run the same command again"
+    )
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Fetch a file unless it is there, and check it. Raises DownloadError, and then nothing of it is kept."""
     if path.is_file():
         return
     print(f"Fetching {url}", file=sys.stderr)
-    arrived = path.with_name(url.rpartition("/")[2])  # `path` itself, unless a conversion follows
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stated, length = _ask(url)
-        checksum = stated if stated in known or not known else known[0]
-        if (lacking := length - shutil.disk_usage(path.parent).free) > 0:
-            raise OSError(f"the disk lacks {lacking / 1e9:.2f} GB")
-        if re.fullmatch("[0-9a-f]{64}", checksum):
-            torch.hub.download_url_to_file(url, str(arrived), hash_prefix=checksum)
-        elif path.suffix == ".json" and re.fullmatch("[0-9a-f]{40}", checksum):  # the git blob id of a small text file
-            with urllib.request.urlopen(url) as reply:
-                body = reply.read()
-            if hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest() != checksum:
-                raise OSError("invalid hash value")
-            write_text(body.decode(), path)
-        else:
-            raise OSError("nobody states its checksum")
-        if convert:
-            write_jsonl(convert(arrived.read_bytes()), path)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: torch.hub's word for a wrong checksum
-        raise DownloadError(f"{url} was not fetched into {path.parent}: {error}; mend that, or set DPO_ST_CACHE to another "
-                            "folder, and run the same command again.") from error
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    except (
+        OSError,
+        HTTPException,
+        RuntimeError,
+        ValueError,
+    ) as error:  # RuntimeError: a wrong checksum
+        raise not_fetched(url, path, error) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.sources", description=__doc__.partition(":")[0] + ".")
-    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"Flan-T5 to fetch too: {', '.join(FLAN_T5)}")
+
+class StopAtChecksum(urllib.request.HTTPRedirectHandler):
+    """The hub states a large file's sha256 in the reply that redirects to its storage, and only there."""
+
+    def redirect_request(self, request, reply, code, message, headers, url):
+        if "X-Linked-ETag" in headers:
+            return None
+        return super().redirect_request(request, reply, code, message, headers, url)
+
+
+def stated_sha256(url: str, path: Path) -> str:
+    """The sha256 that the hub states for a large file. Raises DownloadError where it states none."""
+    request = urllib.request.Request(url, method="HEAD")
     try:
-        print(*map(fetch_flan_t5, parser.parse_args().sizes), fetch_datasets(), sep="\n")
+        headers = urllib.request.build_opener(StopAtChecksum).open(request, timeout=TIMEOUT).headers
+    except HTTPError as error:  # a redirect that was not followed
+        if "X-Linked-ETag" not in error.headers:
+            raise not_fetched(url, path, error) from error
+        headers = error.headers
+    except (OSError, HTTPException, ValueError) as error:
+        raise not_fetched(url, path, error) from error
+    checksum = headers.get("X-Linked-ETag", "").strip('"')  # an ETag of 64 digits is no sha256
+    if not re.fullmatch("[0-9a-f]{64}", checksum):
+        raise not_fetched(url, path, ValueError("nobody states its checksum"))
+    return checksum
+
+
+# -------------------------------------------------------------------- the three sets of other formats
+
+
+def multiarith(raw: bytes) -> list[dict]:
+    rows = []
+    for problem in json.loads(raw):
+        question = problem["sQuestion"].strip()
+        rows.append({"question": question, "ans": problem["lSolutions"][0]})
+    return rows
+
+
+def asdiv(raw: bytes) -> list[dict]:
+    """The 2,096 of 2,305 problems whose answer is a whole number, alone or with one unit in brackets."""
+    rows = []
+    for problem in ElementTree.fromstring(raw).iter("Problem"):
+        answer = re.fullmatch(r"(\d+)( \(.*\))?", problem.findtext("Answer"))
+        if answer:
+            question = f"{problem.findtext('Body')} {problem.findtext('Question')}".strip()
+            rows.append({"question": question, "ans": float(answer[1])})
+    return rows
+
+
+def svamp(raw: bytes) -> list[dict]:
+    rows = []
+    for problem in json.loads(raw):
+        body = problem["Body"].rstrip()
+        if body[-1] not in ".?!,;:":
+            body += "."
+        question = " ".join(f"{body} {problem['Question']}".split())
+        rows.append({"question": question, "ans": problem["Answer"]})
+    return rows
+
+
+CONVERSIONS = {
+    "multiarith/test.jsonl": multiarith,
+    "asdiv/test.jsonl": asdiv,
+    "svamp/test.jsonl": svamp,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.sources", description=__doc__.splitlines()[0]
+    )
+    sizes = ", ".join(FLAN_T5)
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"Flan-T5 to fetch too: {sizes}")
+    try:
+        for size in parser.parse_args().sizes:
+            print(fetch_flan_t5(size))
+        print(fetch_datasets())
     except (ValueError, DownloadError) as error:
         parser.exit(2, f"{error}\n")
+
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SHARED = ROOT.parent / "shared"  # real GSM8K text, the real vocabulary, a small checkpoint: only where provided
+SHARED = (
+    ROOT.parent / "shared"
+)  # real GSM8K text, the real vocabulary, a small checkpoint: only where provided
 
 torch.set_flush_denormal(True)
 
@@ -19,8 +21,31 @@ def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def schedule(**changes):
+    """A sft.Schedule of the paper's numbers, with some changed; every batch in one part."""
+    from sft import Schedule
+
+    numbers = dict(
+        learning_rate=1e-3,
+        batch_size=96,
+        warmup_ratio=0.1,
+        final_ratio=0.1,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        micro_batch_tokens=10**6,
+        bf16=False,
+        log_every=10,
+        seed=42,
+    )
+    return Schedule(**(numbers | changes))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="the long forms of some tests too: about twenty minutes more")
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        help="the long forms of some tests too: about twenty minutes more",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,7 @@ from decimal import ROUND_HALF_EVEN, Decimal
 
 import pytest
 
-from calculator import MAX_DEPTH, MAX_LENGTH, MAX_SIZE, calculate, format_number, rewrite
-from tokenizer import format_rationale
+from calculator import MAX_DEPTH, MAX_LENGTH, MAX_SIZE, calculate, format_number
 
 VALUES = {
     # the four operations, their order, and brackets
@@ -23,6 +22,8 @@ VALUES = {
     "15%": "0.15", "200 * 15%": "30", "(10 + 5)% * 200": "30", "100 - 15%": "99.85", "50%%": "0.01",
     # minus signs, and results below zero
     "-5 + 3": "-2", "3 - -2": "5", "2--3": "5", "--3": "3", "- 5": "-5", "-(2 + 3)": "-5", "2 * -3": "-6", "1 / -4": "-0.25",
+    # plus signs in front, as 16 annotations of GSM8K have them
+    "+7": "7", "+12.5 + 25 + 16.5": "54", "3* + 6": "18", "2 - +3": "-1", "-+-5": "5",
     # printing: integers within 1e-4 of one, otherwise two decimals, never a closing zero, never "-0"
     "0.29 * 100": "29", "0.1 + 0.2": "0.3", "1 / 3": "0.33", "-1/3": "-0.33", "2 / 3": "0.67", "10 / 4": "2.5",
     "1.99995": "2", "1.9998": "2", "3 * (1 / 3)": "1", "0 * -1": "0", "-0": "0", "0 / -5": "0", "-0.001": "0", "-.004": "0",
@@ -34,7 +35,7 @@ REFUSED = {
     "an attribute": "(1).real", "a power": "2 ** 3", "a floor division": "7 // 2", "an exponent": "1e5", "a caret": "2^3",
     "a remainder": "7 % 2", "a dollar": "$5 + 1", "a comparison": "1 < 2", "an equation": "1 = 1", "an underscore": "1_000",
     "hexadecimal": "0x10", "a times sign": "2 × 3", "letters for times": "2 x 3", "Arabic digits": "٣ + 1",
-    "fullwidth digits": "１ + 1", "a superscript": "5²", "a fraction sign": "½", "a plus sign in front": "+3",
+    "fullwidth digits": "１ + 1", "a superscript": "5²", "a fraction sign": "½",
     "two numbers": "1 2", "two dots": "1.2.3", "a lone dot": ".", "a lone percent": "%", "a wrong comma": "1,2",
     "commas in the wrong places": "12,00", "an open bracket": "(1", "a closed bracket": "1)", "empty brackets": "()",
     "a bracket as factor": "2(3)", "square brackets": "[1]", "a missing right side": "1 +", "a missing left side": "* 2",
@@ -63,7 +64,10 @@ def test_the_bounds_are_reached_but_not_passed():
     inside = MAX_DEPTH - 1
     assert calculate("(" * inside + "1" + ")" * inside) == "1"
     assert calculate("1" + "+1" * 49) == "50"  # 99 characters
-    assert calculate(f"{int(MAX_SIZE)} * 1") == str(int(MAX_SIZE)) and calculate(f"{int(MAX_SIZE)} + 1") is None
+    assert (
+        calculate(f"{int(MAX_SIZE)} * 1") == str(int(MAX_SIZE))
+        and calculate(f"{int(MAX_SIZE)} + 1") is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,13 @@ def random_expression(rng: random.Random, depth: int) -> tuple[str, str]:
         if depth and rng.random() < 0.3:
             left, right = (f"({text})" for text in random_expression(rng, depth - 1))
         else:
-            number = rng.choice((rng.randrange(13), rng.randrange(5000), round(rng.uniform(0, 99), rng.randrange(1, 4))))
+            number = rng.choice(
+                (
+                    rng.randrange(13),
+                    rng.randrange(5000),
+                    round(rng.uniform(0, 99), rng.randrange(1, 4)),
+                )
+            )
             left, right = (f"{number:,}" if rng.random() < 0.5 else str(number)), f"W({number})"
             left = left[1:] if left.startswith("0.") and rng.random() < 0.5 else left
         if rng.random() < 0.1:
@@ -140,39 +150,28 @@ def test_python_agrees_on_thousands_of_expressions():
             refused += 1
             continue  # out of bounds: the bounds have their own tests
         assert calculate(ours) == expected, (ours, theirs)
-    assert by_zero > 50 and refused < 600  # the generator reaches division by zero and is mostly within bounds
+    assert (
+        by_zero > 50 and refused < 600
+    )  # the generator reaches division by zero and is mostly within bounds
 
 
 def test_gsm8k_annotations_evaluate_and_print_as_annotated(shared):
     """People wrote these 21,000 annotations; the calculator has to agree where they are exact, or it spoils gold steps.
 
-    Measured: 14 do not evaluate (letters, mixed fractions), 3 % print otherwise (.5, 0.3333, currency, slips).
+    Measured: few do not evaluate (letters, mixed fractions), 3 % print otherwise (.5, 0.3333, currency, slips).
     """
     lines = (shared / "data/gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [pair for line in lines for pair in re.findall(r"<<([^<>=]*)=([^<>]*)>>", json.loads(line)["answer"])]
+    found = [
+        pair
+        for line in lines
+        for pair in re.findall(r"<<([^<>=]*)=([^<>]*)>>", json.loads(line)["answer"])
+    ]
     results = [calculate(expression) for expression, _ in found]
     assert len(found) > 20_000
     assert sum(result is not None for result in results) >= 0.999 * len(found)
-    assert sum(result == annotated for result, (_, annotated) in zip(results, found)) >= 0.965 * len(found)
-
-
-@pytest.mark.parametrize("before, after", [
-    ("It is [ 3 * 20 = 60.00] $ 60.00. #### 60", "It is [ 3 * 20 = 60] $ 60.00. #### 60"),
-    ("[ 1 / 3 = 0.3333] and [ x + 1 = 5] and [ 2 + 2", "[ 1 / 3 = 0.33] and [ x + 1 = 5] and [ 2 + 2"),
-    ("[ 2 + 3+4= 9] [ 1 / 0 = 7] [] [=] [ = ]", "[ 2 + 3+4= 9] [ 1 / 0 = 7] [] [=] [ = ]"),
-])  # fmt: skip
-def test_rewritten_annotations_say_what_the_calculator_prints(before, after):
-    """Only what stands between `=` and `]` may change, and only where the calculator has an answer."""
-    assert rewrite(before) == after and rewrite(after) == after
-
-
-def test_rewritten_gsm8k_is_what_decoding_would_write(shared):
-    """With --rewrite, training text and decoding agree: no annotation differs from the calculator's result any more."""
-    lines = (shared / "data/gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [format_rationale(json.loads(line)["answer"]) for line in lines]
-    found = [pair for text in texts for pair in re.findall(r"\[([^][=]*)=([^][]*)\]", rewrite(text))]
-    assert len(found) > 20_000 and all(calculate(a) in (None, b.strip()) for a, b in found)
-    assert 200 < sum(rewrite(text) != text for text in texts) < 400
+    assert sum(
+        result == annotated for result, (_, annotated) in zip(results, found)
+    ) >= 0.965 * len(found)
 
 
 def seconds(text: str) -> float:
@@ -182,7 +181,7 @@ def seconds(text: str) -> float:
 
 
 def test_random_strings_raise_nothing_and_take_under_a_millisecond():
-    """A batch of rows waits for every call. 200,000 strings; CALCULATOR_STRINGS=1000000 in the environment runs the million.
+    """A batch of rows waits for every call. 100,000 strings; CALCULATOR_STRINGS=1000000 in the environment runs the million.
 
     Half are noise from the grammar's own alphabet, half are valid expressions with a few characters replaced. A slow one
     is timed again and its best time counts, because other processes share the machine.
@@ -191,7 +190,7 @@ def test_random_strings_raise_nothing_and_take_under_a_millisecond():
     alphabet = "0123456789" * 2 + "+-*/()%., " * 3 + "x$=[]e_^٣½\0\n"
     valid = [random_expression(rng, 3)[0][:110] for _ in range(2000)]
     slowest = 0.0
-    for i in range(int(os.environ.get("CALCULATOR_STRINGS", 200_000))):
+    for i in range(int(os.environ.get("CALCULATOR_STRINGS", 100_000))):
         if i % 2:
             text = "".join(rng.choices(alphabet, k=int(110 * rng.random())))
         else:
@@ -199,7 +198,19 @@ def test_random_strings_raise_nothing_and_take_under_a_millisecond():
             text = text[:at] + alphabet[i // 2 % len(alphabet)] + text[at + 1 :]
         took = seconds(text)
         if took > slowest:
-            slowest = max(slowest, min([took] + [seconds(text) for _ in range(5 if took > 1e-4 else 0)]))
+            slowest = max(
+                slowest, min([took] + [seconds(text) for _ in range(5 if took > 1e-4 else 0)])
+            )
         assert slowest < 1e-3, text
-    for text in ("(" * 100, "-" * 100, "9*" * 50, "1" + "%" * 99, "1,000" * 20, "1." * 50, "(-" * 50, "." * 100, "(" * 10**6):
+    for text in (
+        "(" * 100,
+        "-" * 100,
+        "9*" * 50,
+        "1" + "%" * 99,
+        "1,000" * 20,
+        "1." * 50,
+        "(-" * 50,
+        "." * 100,
+        "(" * 10**6,
+    ):
         assert min(seconds(text) for _ in range(5)) < 1e-3, text[:100]

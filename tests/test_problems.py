@@ -1,42 +1,128 @@
 """Reading and writing problems: what is refused and how, what survives, and why a reader never meets half a file."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from data.problems import Problem, load_problems, read_jsonl, same_answer, write_jsonl, write_text
+from data.problems import (
+    Problem,
+    check_leakage,
+    load_problems,
+    read_jsonl,
+    same_answer,
+    write_jsonl,
+)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-GOOD = {"question": "Tom has 2 bags of 3 apples. How many?", "rationale": "2*3 = <<2*3=6>>6 apples\n#### 6", "answer": 6}
+GOOD = {
+    "question": "Tom has 2 bags of 3 apples. How many?",
+    "rationale": "2*3 = <<2*3=6>>6 apples\n#### 6",
+    "answer": 6,
+}
 
 
 def load_text(tmp_path, *lines):
     path = tmp_path / "problems.jsonl"
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode("utf-8", "surrogatepass") for line in lines))
+    path.write_bytes(
+        b"\n".join(
+            line if isinstance(line, bytes) else line.encode("utf-8", "surrogatepass")
+            for line in lines
+        )
+    )
     return load_problems(path)
 
 
 def broken_lines():
     """Some two hundred ways to spoil one good line."""
     good = json.dumps(GOOD)
-    yield from (good[:end].encode() for end in range(1, len(good), 2))  # cut short, as by a stopped download
-    yield from (good.encode()[:12] + bytes([byte]) + good.encode()[13:] for byte in range(0x80, 0x100, 3))  # not UTF-8
-    yield from (b"null", b"3", b'"text"', b"[]", b"[1, 2]", b"true", b"{}", b"{} {}", b"question,answer", b"NaN", b"\x00")
-    yield from (opening * depth for opening in (b"[", b'{"a":', b'{"question":[') for depth in (1, 100_000))
-    yield from (b"[" * 100_000 + b"]" * 100_000, b'{"question": "?", "answer": ' + b"[" * 50_000 + b"]" * 50_000 + b"}")
-    for question in (None, "", "  \n", 5, True, [], ["How many?"], {"text": "How many?"}, "half a pair \ud800"):
+    yield from (
+        good[:end].encode() for end in range(1, len(good), 2)
+    )  # cut short, as by a stopped download
+    yield from (
+        good.encode()[:12] + bytes([byte]) + good.encode()[13:] for byte in range(0x80, 0x100, 3)
+    )  # not UTF-8
+    yield from (
+        b"null",
+        b"3",
+        b'"text"',
+        b"[]",
+        b"[1, 2]",
+        b"true",
+        b"{}",
+        b"{} {}",
+        b"question,answer",
+        b"NaN",
+        b"\x00",
+    )
+    yield from (
+        opening * depth for opening in (b"[", b'{"a":', b'{"question":[') for depth in (1, 100_000)
+    )
+    yield from (
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"question": "?", "answer": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    )
+    for question in (
+        None,
+        "",
+        "  \n",
+        5,
+        True,
+        [],
+        ["How many?"],
+        {"text": "How many?"},
+        "half a pair \ud800",
+    ):
         yield json.dumps({**GOOD, "question": question}).encode()
-    for number in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 400, "-" + "9" * 400, "9" * 5000, "true", "false",
-                   "null", "[6]", '{"value": 6}', "6.", "06", "0x6", "6,0", ""):
+    for number in (
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e999",
+        "-1e999",
+        "9" * 400,
+        "-" + "9" * 400,
+        "9" * 5000,
+        "true",
+        "false",
+        "null",
+        "[6]",
+        '{"value": 6}',
+        "6.",
+        "06",
+        "0x6",
+        "6,0",
+        "",
+    ):
         yield f'{{"question": "How many?", "answer": {number}}}'.encode()
         yield f'{{"question": "How many?", "ans": {number}}}'.encode()
         yield f'{{"question": "How many?", "answer": "6\\n#### 6", "ans": {number}}}'.encode()
-    for text in ("", "6", "six", "#### ", "####", "#### six", "## 6", "#### 6 apples", "#### 6\nand more", "#### 6 6", "#### -",
-                 "#### nan", "#### inf", "#### 1e3", "#### .", "#### ,", "#### 6 ####", "#### " + "9" * 400, "#### 7",
-                 "#### 6.00011", "#### -6", "#### ٦", "half a pair \udfff #### 6"):
+    for text in (
+        "",
+        "6",
+        "six",
+        "#### ",
+        "####",
+        "#### six",
+        "## 6",
+        "#### 6 apples",
+        "#### 6\nand more",
+        "#### 6 6",
+        "#### -",
+        "#### nan",
+        "#### inf",
+        "#### 1e3",
+        "#### .",
+        "#### ,",
+        "#### 6 ####",
+        "#### " + "9" * 400,
+        "#### 7",
+        "#### 6.00011",
+        "#### -6",
+        "#### ٦",
+        "half a pair \udfff #### 6",
+    ):
         yield json.dumps({**GOOD, "rationale": text}).encode()
         yield json.dumps({"question": "How many?", "answer": text, "ans": 6}).encode()
     for rationale in (5, True, [], ["#### 6"], {"text": "#### 6"}):
@@ -61,43 +147,87 @@ def test_every_broken_line_is_refused_in_one_sentence_naming_file_and_line(tmp_p
 
 def test_a_file_of_another_kind_is_told_what_is_wanted(tmp_path):
     """A table given by mistake is the commonest of wrong files; JSON's own "Expecting value" does not say of what."""
-    with pytest.raises(ValueError, match=r"line 1: each line must be a JSON object \(Expecting value\)"):
+    with pytest.raises(
+        ValueError, match=r"line 1: each line must be a JSON object \(Expecting value\)"
+    ):
         load_text(tmp_path, "question,answer", "How many?,6")
 
 
 def test_three_spellings_give_the_same_problem(tmp_path):
     """Ours, GSM8K's own and the paper's split of it hold the same facts, so nothing may depend on the spelling."""
     rationale = "1,000+800 = <<1000+800=1800>>1800\n#### 1,800"
-    problems = load_text(tmp_path, *map(json.dumps, (
-        {"question": "How many?", "answer": 1800, "rationale": rationale},
-        {"question": "How many?", "answer": rationale},
-        {"question": "How many?", "answer": rationale, "ans": 1800.00001})))
+    problems = load_text(
+        tmp_path,
+        *map(
+            json.dumps,
+            (
+                {"question": "How many?", "answer": 1800, "rationale": rationale},
+                {"question": "How many?", "answer": rationale},
+                {"question": "How many?", "answer": rationale, "ans": 1800.00001},
+            ),
+        ),
+    )
     assert [p.rationale for p in problems] == [rationale] * 3
-    assert [p.answer for p in problems] == [1800, 1800, 1800.00001]  # `ans` wins, within the tolerance of a correct answer
+    assert [p.answer for p in problems] == [
+        1800,
+        1800,
+        1800.00001,
+    ]  # `ans` wins, within the tolerance of a correct answer
 
 
 def test_the_answer_may_be_left_to_the_rationale(tmp_path):
     """Written twice it could only be written wrong once."""
-    assert load_text(tmp_path, '{"question": "How many?", "rationale": "2+4\\n#### 6"}') == [Problem("How many?", 6.0, "2+4\n#### 6")]
+    assert load_text(tmp_path, '{"question": "How many?", "rationale": "2+4\\n#### 6"}') == [
+        Problem("How many?", 6.0, "2+4\n#### 6")
+    ]
 
 
 def test_a_problem_without_rationale_is_a_question_and_a_number(tmp_path):
     """Unlabeled problems and test sets have no rationale; an empty text instead of None would be trained on."""
-    assert load_text(tmp_path, '{"question": "How many?", "ans": 6.0, "source": "elsewhere"}') == [Problem("How many?", 6.0)]
+    assert load_text(tmp_path, '{"question": "How many?", "ans": 6.0, "source": "elsewhere"}') == [
+        Problem("How many?", 6.0)
+    ]
 
 
-@pytest.mark.parametrize("text, value", [
-    ("#### 18", 18), ("#### 18.0", 18), ("####18", 18), ("#### 1,800 ", 1800), ("#### -5", -5), ("#### .5", 0.5),
-    ("so #### 3 no, #### 4", 4), ("#### 12,345,678.25\n", 12345678.25)])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("#### 18", 18),
+        ("#### 18.0", 18),
+        ("####18", 18),
+        ("#### 1,800 ", 1800),
+        ("#### -5", -5),
+        ("#### .5", 0.5),
+        ("so #### 3 no, #### 4", 4),
+        ("#### 12,345,678.25\n", 12345678.25),
+    ],
+)
 def test_the_number_after_the_last_mark_is_the_answer(tmp_path, text, value):
     """GSM8K writes commas, signs and spaces as it likes; each spelling is the same number."""
-    assert load_text(tmp_path, json.dumps({"question": "How many?", "answer": text}))[0].answer == value
+    assert (
+        load_text(tmp_path, json.dumps({"question": "How many?", "answer": text}))[0].answer
+        == value
+    )
 
 
-@pytest.mark.parametrize("text, value", [("yes", "yes"), ("  (no) ".strip(" ()"), "no"), ("B", "B"), ("Ana Maria.", "Ana Maria."), ("24", 24.0)])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("yes", "yes"),
+        ("  (no) ".strip(" ()"), "no"),
+        ("B", "B"),
+        ("Ana Maria.", "Ana Maria."),
+        ("24", 24.0),
+    ],
+)
 def test_an_answer_may_be_a_short_text(tmp_path, text, value):
     """Other reasoning tasks end in yes, a letter or a name, in the answer's field or behind the mark."""
-    for row in ({"answer": text}, {"ans": text}, {"answer": f"Therefore.\n#### {text}"}, {"answer": text.upper(), "rationale": f"So. #### {text}"}):
+    for row in (
+        {"answer": text},
+        {"ans": text},
+        {"answer": f"Therefore.\n#### {text}"},
+        {"answer": text.upper(), "rationale": f"So. #### {text}"},
+    ):
         (problem,) = load_text(tmp_path, json.dumps({"question": "Is it?", **row}))
         assert same_answer(problem.answer, value)
 
@@ -120,7 +250,7 @@ def test_blank_lines_byte_order_marks_and_windows_line_ends_are_harmless(tmp_pat
 def test_missing_and_empty_files_say_what_to_do(tmp_path):
     """Zero problems would train on nothing and divide by zero far away from the cause."""
     for name in ("absent.jsonl", "."):
-        with pytest.raises(FileNotFoundError, match="data.sources"):
+        with pytest.raises(FileNotFoundError, match="check the path"):
             load_problems(tmp_path / name)
     for lines in ([], ["", " ", ""]):
         with pytest.raises(ValueError, match="no problem"):
@@ -129,41 +259,73 @@ def test_missing_and_empty_files_say_what_to_do(tmp_path):
 
 def test_saved_problems_come_back_equal_and_the_bytes_repeat(tmp_path):
     """Resuming a run compares files by their bytes; a line break or an accent inside a text must survive."""
-    problems = [Problem("¿Cuántas? 5 × 3\u2028", 15.0, "5 × 3 = <<5*3=15>>15\r\n#### 15"), Problem('a "b" \\ \t', -0.125),
-                Problem("?", 1e300)]
-    first, second = tmp_path / "new folder" / "first.jsonl", tmp_path / "second.jsonl"
+    problems = [
+        Problem("¿Cuántas? 5 × 3\u2028", 15.0, "5 × 3 = <<5*3=15>>15\r\n#### 15"),
+        Problem('a "b" \\ \t', -0.125),
+        Problem("?", 1e300),
+    ]
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     write_jsonl(map(asdict, problems), first)
     write_jsonl(map(asdict, load_problems(first)), second)
     assert load_problems(second) == problems
-    assert first.read_bytes() == second.read_bytes() and first.read_bytes().count(b"\n") == 3 and b"\r" not in first.read_bytes()
+    assert (
+        first.read_bytes() == second.read_bytes()
+        and first.read_bytes().count(b"\n") == 3
+        and b"\r" not in first.read_bytes()
+    )
 
 
 def test_rows_come_back_equal(tmp_path):
     """Samples and preference pairs are rows with fields of their own, and a round may well have none."""
-    for rows in ([{"question": "¿?", "samples": ["a\nb", "c"], "correct": [True, False], "none": None}], []):
+    for rows in (
+        [{"question": "¿?", "samples": ["a\nb", "c"], "correct": [True, False], "none": None}],
+        [],
+    ):
         write_jsonl(rows, tmp_path / "rows.jsonl")
         assert read_jsonl(tmp_path / "rows.jsonl") == rows
 
 
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, broken, error):
-    """The file is written beside its place: a full disk or Ctrl-C may lose the new text, never the old one."""
-    def fail(*_):
-        assert (tmp_path / "file.partial").exists(), "the text is written beside its place"
-        raise error
-
-    write_text("old", tmp_path / "file")
-    monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(type(error)):
-        write_text("new", tmp_path / "file")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+@pytest.mark.parametrize("text", ["0,5", "12,00", "1,2345", ",5", "1,200,3"])
+def test_a_comma_that_parts_no_thousands_is_refused(tmp_path, text):
+    """`0,5` is a half to many, and was read as 5."""
+    for row in ({"answer": text}, {"answer": f"So.\n#### {text}"}):
+        with pytest.raises(ValueError, match="line 1.*1,200.5"):
+            load_text(tmp_path, json.dumps({"question": "How many?", **row}))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the converted public files are not beside the repository")
-@pytest.mark.parametrize("name, rows, labeled", [
-    ("gsm8k/train", 6705, True), ("gsm8k/dev", 768, True), ("gsm8k/test", 1319, True),
-    ("multiarith/test", 600, False), ("asdiv/test", 2096, False), ("svamp/test", 1000, False)])
+def test_answers_in_two_forms_of_unicode_are_the_same():
+    """An accent typed as a letter and a mark, or a full-width letter, is what SentencePiece makes the
+    plain one before a model reads it; compared as typed, no rationale could ever be right."""
+    assert (
+        same_answer("Zo\u00eb", "Zoe\u0308")
+        and same_answer("\uff22", "B")
+        and not same_answer("Zoe", "Zo\u00eb")
+    )
+
+
+def test_questions_that_are_trained_on_and_tested_on_are_found():
+    """Up to case and spaces: a test of what was trained on shows nothing."""
+    asked, other = Problem("How  many\nnuts?", 5.0), Problem("How many pens?", 5.0)
+    check_leakage([asked], [other], {"test": [Problem("How many cups?", 5.0)]})
+    for labeled, unlabeled in (([asked], []), ([other], [asked])):
+        with pytest.raises(ValueError, match="mine: 1 questions.*--allow-leakage"):
+            check_leakage(labeled, unlabeled, {"mine": [Problem("how many NUTS?", 5.0)]})
+
+
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the converted public files are not beside the repository"
+)
+@pytest.mark.parametrize(
+    "name, rows, labeled",
+    [
+        ("gsm8k/train", 6705, True),
+        ("gsm8k/dev", 768, True),
+        ("gsm8k/test", 1319, True),
+        ("multiarith/test", 600, False),
+        ("asdiv/test", 2096, False),
+        ("svamp/test", 1000, False),
+    ],
+)
 def test_the_public_files_are_read_whole(name, rows, labeled):
     """The checks must refuse nothing that the paper uses."""
     problems = load_problems(SHARED / f"{name}.jsonl")

@@ -14,23 +14,21 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, hear_ctrl_c
 
-import decode
 import run
 import selftrain
-import sft
-from conftest import ROOT, hear_ctrl_c
 from data.problems import Problem, read_jsonl, write_jsonl
 from model import SIZES, T5, save_flan_t5
 
 # Small enough for seconds, yet every stage has work: some samples are right, some are wrong.
-SHORT = "--rounds 1 --limit 24 --sft-epochs 12 --dpo-steps 3 --st-samples 4 --max-new-tokens 60 --save-every 0".split()
+SHORT = "--rounds 1 --limit 24 --sft-epochs 12 --dpo-steps 3 --max-new-tokens 60".split()
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -42,14 +40,17 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file of a run but its log, which tells of restarts."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.jsonl", "lock", "lock-journal")]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """Every file of a run."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def main_in_this_process(*arguments: object) -> tuple[int, str]:
     """run.py as a command, but without the second that a new process takes: its exit code and what it said on stderr."""
-    said, before, handler = io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    said, before = io.StringIO(), sys.argv
     sys.argv = ["run.py", *map(str, arguments)]
     gc.freeze()  # what exists by now need not be looked through afterwards
     try:
@@ -60,8 +61,6 @@ def main_in_this_process(*arguments: object) -> tuple[int, str]:
         return end.code, said.getvalue()
     finally:
         sys.argv = before
-        signal.signal(signal.SIGTERM, handler)
-        gc.collect()  # and with what is left of it the lock of its folder
         gc.unfreeze()
 
 
@@ -84,12 +83,12 @@ def test_one_command_leaves_the_whole_run_on_disk(finished):
         "dpo-st/round-1/pseudo-labels.jsonl", "dpo-st/round-1/sft/config.json", "dpo-st/round-1/evaluation.jsonl",
     ):  # fmt: skip
         assert (finished / name).is_file(), name
-    assert not list(finished.rglob("*.partial"))
+    assert not list(finished.rglob("*unfinished*"))
 
 
 def test_the_numbers_of_a_run_add_up(finished):
     """Samples per question, accuracies and tables come from different code paths: a mix-up of stages would show here."""
-    for name, count in (("st/round-1/samples-for-labels", 4), ("dpo-st/round-1/samples-for-pairs", 5),
+    for name, count in (("st/round-1/samples-for-labels", 3), ("dpo-st/round-1/samples-for-pairs", 5),
                         ("dpo-st/round-1/samples-for-labels", 3)):  # fmt: skip
         rows = read_jsonl(finished / f"{name}.jsonl")
         assert len(rows) == 24 and all(len(row["rationales"]) == count for row in rows)
@@ -98,152 +97,169 @@ def test_the_numbers_of_a_run_add_up(finished):
     for stage, row in results.items():
         stored = read_jsonl(finished / stage / "evaluation.jsonl")
         assert row == selftrain.accuracies(stored)
-        assert list(row) == ["held-out", "library", "orchard", "held-out without calculator"] and len(stored) == 4 * 24
+        assert (
+            list(row) == ["held-out", "library", "orchard", "held-out without calculator"]
+            and len(stored) == 4 * 24
+        )
     table = (finished / "results.md").read_text()
     assert "| SFT | 0 |" in table and "| ST | 1 |" in table and "| DPO-ST | 1 |" in table
 
 
 def test_the_log_of_dpo_starts_at_log_two(finished):
     """The policy is its own reference before the first step; any other value means dropout or a wrong reference."""
-    first = next(r for r in read_jsonl(finished / "log.jsonl") if r["stage"].endswith("/dpo") and r.get("step") == 1)
+    first = next(
+        r
+        for r in read_jsonl(finished / "log.jsonl")
+        if r["stage"].endswith("/dpo") and r.get("step") == 1
+    )
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_the_same_command_again_repeats_nothing(finished):
-    """Finished stages are read back, not made again: no file changes, and no stage is logged twice."""
-    before, log = hashes(finished), (finished / "log.jsonl").read_bytes()
+    """Finished stages are read back, not made again: no file changes, the log included."""
+    before = hashes(finished)
     assert command(*SHORT, "--out", finished).returncode == 0
-    assert hashes(finished) == before and (finished / "log.jsonl").read_bytes() == log
+    assert hashes(finished) == before
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_path, slow):
-    """kill -9 in any stage, also in the midst of a training, then the same command: what is listed is whole, and a training
-    goes on with the step after the last save, so the end is the same to the byte. --slow kills twenty times instead of three."""
-    rng, out = random.Random(0), tmp_path / "run"
+    """kill -9 in any stage, then the same command: what has its final name is whole, the rest is made
+    again, and the end is the same to the byte, the log included. --slow kills twenty times instead of three."""
+    rng, out, where = random.Random(0), tmp_path / "run", []
     arguments = [sys.executable, "run.py", *SHORT, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    kills, wanted, where = 0, 20 if slow else 3, []
-
-    def listed() -> list[str]:
-        sums = out / "sha256sums.txt"
-        return sums.read_text().splitlines() if sums.exists() else []
-
-    while kills < wanted:
-        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        lines, deadline = listed(), time.time() + 60
-        while process.poll() is None and time.time() < deadline and listed() == lines:
-            time.sleep(0.02)  # let it come at least a little further, so that the kills spread over the run
-        time.sleep(rng.uniform(0, 10 / wanted))
-        assert process.poll() is None, f"the run ended before its {wanted} kills: {kills}, {where}"
+    wanted = 20 if slow else 3
+    while len(where) < wanted:
+        process = subprocess.Popen(
+            arguments,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before, deadline = len(list(out.rglob("*"))), time.time() + 60
+        if (
+            len(where) > wanted // 3
+        ):  # let some come a stage further, so that the kills spread over the run
+            while (
+                process.poll() is None
+                and time.time() < deadline
+                and len(list(out.rglob("*"))) == before
+            ):
+                time.sleep(0.01)
+        time.sleep(rng.uniform(0, 3))
+        if process.poll() is not None:
+            assert len(where) >= wanted / 2, "the run ended before its kills"
+            break
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
-        where.append((listed() or ["nothing"])[-1].split()[-1])
+        where.append(len(list(out.rglob("*"))))
     result = command(*SHORT, "--out", out)
     assert result.returncode == 0, result.stderr
-    assert hashes(out) == hashes(finished), where
-    assert any(".step-" in name for name in where), where
+    expected = hashes(finished)
+    found = hashes(out)
+    for both in (expected, found):
+        both.pop("config.json")  # names the folder
+    assert found == expected, where
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_who_is_asked_to_stop_says_how_to_go_on(tmp_path, stop):
-    """A scheduler's SIGTERM and a person's Ctrl-C are no errors: one sentence, and what was finished is listed."""
+def test_ctrl_c_is_one_sentence(tmp_path):
+    """A person's Ctrl-C is no error: one sentence says how to go on."""
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=hear_ctrl_c,
+        [sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c,
     )  # fmt: skip
-    while process.poll() is None and not (out / "sha256sums.txt").exists() or ".step-" not in (out / "sha256sums.txt").read_text():
+    while process.poll() is None and not (out / "log.jsonl").exists():
         time.sleep(0.02)
-    process.send_signal(stop)
+    process.send_signal(signal.SIGINT)
     _, words = process.communicate(timeout=30)
-    assert process.returncode == 130 and "the same command continues" in words and "Traceback" not in words
-    assert ".step-" in (out / "sha256sums.txt").read_text()
+    assert (
+        process.returncode == 2
+        and "the same command continues" in words
+        and "Traceback" not in words
+    )
 
 
-def test_two_runs_in_one_folder(finished, tmp_path):
-    """The second would write the first one's files by turns with it; it says so at once instead."""
+def test_a_second_run_in_one_folder_cannot_harm_the_first(finished, tmp_path):
+    """Started twice by mistake: both make the same, and what they leave is a whole run."""
     out = tmp_path / "run"
-    first = subprocess.Popen([sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while first.poll() is None and not (out / "sha256sums.txt").exists():
-        time.sleep(0.02)
-    result = command(*SHORT, "--out", out)
-    first.kill()
-    first.wait()
-    assert result.returncode == 2 and "another process is at work" in result.stderr and "Traceback" not in result.stderr
+    started = [
+        subprocess.Popen(
+            [sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert all("Traceback" not in words for words in said), said
+    assert command(*SHORT, "--out", out).returncode == 0
+    found, expected = hashes(out), hashes(finished)
+    for name in expected.keys() - {"config.json", "log.jsonl"}:
+        assert found[name] == expected[name], name
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a limit on the size of files, in place of a full disk")
-def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_finished(finished, tmp_path):
-    """Files may not grow beyond 64 kB: the first save fails as on a full disk. With room again, the same command goes on."""
+@pytest.mark.skipif(
+    os.name == "nt", reason="needs a limit on the size of files, in place of a full disk"
+)
+def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_finished(tmp_path):
+    """Files may not grow beyond 64 kB: the first save fails as on a full disk. With room again, the same
+    command goes on."""
     import resource
 
-    out, limit = tmp_path / "run", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
-    result = subprocess.run([sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, preexec_fn=limit, capture_output=True,
-                            text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    out = tmp_path / "run"
+    result = subprocess.run(
+        [sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16)),
+    )  # fmt: skip
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert "File too large" in result.stderr and "the same command continues" in result.stderr
-    assert not (out / "warm-up/sft").exists() and (out / "sha256sums.txt").read_text() == ""
+    assert "is the disk full?" in result.stderr and not list((out / "warm-up").iterdir())
     assert command(*SHORT, "--rounds", 0, "--method", "st", "--out", out).returncode == 0
-
-
-def test_a_damaged_run_is_refused_by_name(finished, tmp_path):
-    """Every file that a run is built on, one after another: a bit flipped, the end lost, the file gone."""
-    shutil.copytree(finished, tmp_path / "run")
-    names = [line.split("  ")[1] for line in (finished / "sha256sums.txt").read_text().splitlines()]
-    assert len(names) > 15
-    for number, name in enumerate([*names, "config.json", "sha256sums.txt"]):
-        path, kind = tmp_path / "run" / name, number % 3
-        whole = path.read_bytes()
-        if kind == 0:
-            path.write_bytes(whole[:9] + bytes([whole[9] ^ 1]) + whole[10:])
-        elif kind == 1:
-            path.write_bytes(whole[:-9])
-        else:
-            path.unlink()
-        code, words = main_in_this_process(*SHORT, "--out", tmp_path / "run")
-        assert code == 2 and "Traceback" not in words and name.split("/")[-1] in words, (name, words)
-        path.write_bytes(whole)
-    assert main_in_this_process(*SHORT, "--out", tmp_path / "run")[0] == 0
 
 
 def test_other_numbers_in_the_same_folder_are_refused(finished):
     """Mixing stages of two settings in one folder would be a result of neither."""
     result = command(*SHORT, "--out", finished, "--beta", "0.3")
-    assert result.returncode == 2 and "--beta" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "--beta 0.5" in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
-def test_a_memory_limit_may_be_lowered_when_a_run_goes_on(finished, tmp_path):
-    """The advice `use a batch size of at most N` must be possible to follow without starting all over."""
-    shutil.copytree(finished, tmp_path / "run")
-    sums = tmp_path / "run/sha256sums.txt"
-    sums.write_text("".join(sums.read_text().splitlines(keepends=True)[:-1]))  # the last evaluation is to be made again
-    result = command(*SHORT, "--out", tmp_path / "run", "--decode-batch-size", 16, "--micro-batch-tokens", 1024)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "run/dpo-st/round-1/evaluation.jsonl").is_file()
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    """A plain file where the folder should be stands for every place that is not the user's."""
+    (tmp_path / "file").write_text("mine")
+    code, words = main_in_this_process(*SHORT, "--out", tmp_path / "file" / "run")
+    assert code == 2 and "Traceback" not in words and words.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_run_in_bf16_keeps_its_checkpoints_in_fp32(tmp_path):
-    """Every stage takes the flag, DPO still starts near log 2 (gradients take another attention kernel than the reference, and
-    bf16 rounds each by its own), and the next round trains weights that have lost no digit."""
-    code, said = main_in_this_process(*SHORT, "--method", "dpo-st", "--bf16", "--out", tmp_path / "run")
+    """Every stage takes the flag, DPO starts at log 2, for policy and reference compute alike, and the
+    next round trains weights that have lost no digit."""
+    code, said = main_in_this_process(
+        *SHORT, "--method", "dpo-st", "--bf16", "--out", tmp_path / "run"
+    )
     assert code == 0, said
-    first = next(record for record in read_jsonl(tmp_path / "run/log.jsonl") if "reward_margin" in record)
-    assert first["loss"] == pytest.approx(0.6931, abs=0.05)
+    first = next(
+        record for record in read_jsonl(tmp_path / "run/log.jsonl") if "reward_margin" in record
+    )
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     for name in ("warm-up/sft", "dpo-st/round-1/dpo", "dpo-st/round-1/sft"):
         state = torch.load(tmp_path / "run" / name / "pytorch_model.bin", weights_only=True)
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}, name
 
 
-@pytest.mark.parametrize("flags", [[], ["--bf16"]])
-def test_the_model_of_a_finished_run_can_be_asked(finished, flags):
-    """A run's checkpoint is all that decode.py needs; piped output carries no colour codes."""
+def test_the_model_of_a_finished_run_can_be_asked(finished):
+    """A run's checkpoint is all that decode.py needs."""
     result = subprocess.run(
-        [sys.executable, "decode.py", *flags, "--checkpoint", finished / "dpo-st/round-1/sft", "How many are 3 + 4?"],
+        [sys.executable, "decode.py", "--checkpoint", finished / "dpo-st/round-1/sft", "How many are 3 + 4?"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "tokens/s" in result.stdout and "\033" not in result.stdout
+    assert result.stdout.startswith("How many are 3 + 4?\n  ")
 
 
 @pytest.mark.parametrize(
@@ -254,15 +270,16 @@ def test_the_model_of_a_finished_run_can_be_asked(finished, flags):
         (["--sft-batch-size", "0"], "--sft-batch-size"),
         (["--beta", "nan"], "--beta"),
         (["--percentile", "150"], "--percentile"),
-        (["--held-out", "1"], "--held-out"),
+        (["--max-similarity", "2"], "--max-similarity"),
         (["--weights", "no/such/folder"], "no/such/folder"),
         (["--labeled", "no/such/file", "--test", "mine=no/such/file"], "no/such/file"),
         (["--labeled", "no/such/file"], "--test"),
         (["--labeled", "no/such/file", "--test", "no/such/file"], "--test NAME=FILE"),
         (["--labeled", "no/such/file", "--test", "a=b", "--test", "a=c"], "each name once"),
-        (["extra"], "--help"),
-        (["--sead", "3"], "--seed"),
-        (["--dpo-learning_rate=1"], "--dpo-learning-rate"),
+        (["--unlabeled", "no/such/file"], "--labeled"),
+        (["extra"], "extra"),
+        (["--sead", "3"], "--sead"),
+        (["--temperature", "0"], "--temperature"),
     ],
 )
 def test_mistakes_get_one_sentence_and_exit_code_2(arguments, words, tmp_path):
@@ -284,15 +301,39 @@ def write_problems(path: Path, problems: list) -> Path:
 
 
 TALLER = "Ana is taller than Ben. Ben is taller than Carl. Who is {}?"
-OWN = ["--sft-epochs", 2, "--dpo-steps", 2, "--rounds", 1, "--method", "dpo-st", "--dpo-samples", 3, "--max-new-tokens", 30]
+OWN = [
+    "--sft-epochs",
+    2,
+    "--dpo-steps",
+    2,
+    "--rounds",
+    1,
+    "--method",
+    "dpo-st",
+    "--dpo-samples",
+    3,
+    "--max-new-tokens",
+    30,
+]
 
 
 def test_your_own_problems_with_answers_in_words(tmp_path):
     """Ten problems that a teacher types in, other questions without rationales, a test; the answer is a name."""
-    labeled = [Problem(f"{i}: {TALLER.format('tallest')}", "Ana", "Ana is taller than Ben.\n#### Ana") for i in range(10)]
+    labeled = [
+        Problem(f"{i}: {TALLER.format('tallest')}", "Ana", "Ana is taller than Ben.\n#### Ana")
+        for i in range(10)
+    ]
     unlabeled = [Problem(f"{i}: {TALLER.format('tallest')} Say it.", "ana") for i in range(4)]
-    test = [Problem("The test: " + TALLER.format("tallest"), "ANA"), Problem("The test: " + TALLER.format("shortest"), "Carl")]
-    files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled), "--unlabeled", write_problems(tmp_path / "u.jsonl", unlabeled)]
+    test = [
+        Problem("The test: " + TALLER.format("tallest"), "ANA"),
+        Problem("The test: " + TALLER.format("shortest"), "Carl"),
+    ]
+    files = [
+        "--labeled",
+        write_problems(tmp_path / "l.jsonl", labeled),
+        "--unlabeled",
+        write_problems(tmp_path / "u.jsonl", unlabeled),
+    ]
     files += ["--test", f"taller={write_problems(tmp_path / 't.jsonl', test)}"]
     code, words = main_in_this_process(*files, *OWN, "--out", tmp_path / "run")
     assert code == 0, words
@@ -304,42 +345,59 @@ def test_your_own_problems_with_answers_in_words(tmp_path):
 def test_what_a_model_cannot_learn_to_write_is_counted_before_it_is_trained(tmp_path):
     """A rationale longer than what is ever written has no end, an answer with a sign that the vocabulary lacks cannot be spelled: the
     accuracy of 0 that follows would be a riddle."""
-    names = [("Ana", "She is.\n#### Ana"), ("Ana", "She is. " * 20 + "\n#### Ana"), ("Zoë", "She is.\n#### Zoë")]
-    labeled = [Problem(f"Who is number {i}?", answer, rationale) for i, (answer, rationale) in enumerate(names)]
+    names = [
+        ("Ana", "She is.\n#### Ana"),
+        ("Ana", "She is. " * 20 + "\n#### Ana"),
+        ("Zoë", "She is.\n#### Zoë"),
+    ]
+    labeled = [
+        Problem(f"Who is number {i}?", answer, rationale)
+        for i, (answer, rationale) in enumerate(names)
+    ]
     files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled)]
     files += ["--test", f"who={write_problems(tmp_path / 't.jsonl', [Problem('Who?', 'Ana')])}"]
     result = command(*files, *OWN, "--rounds", 0, "--out", tmp_path / "run")
-    assert "Rationales over 30 tokens: 1, with unknown signs: 1\n" in result.stdout, result.stderr
+    assert "1 rationales are longer than 30, 1 texts have signs" in result.stdout, result.stderr
 
 
 def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path):
     """A score on questions that were trained on says nothing; found after a week of training it is too late."""
     shared = Problem("How many are 2 + 3?", 5.0, "2 + 3 = <<2+3=5>>5\n#### 5")
-    labeled = write_problems(tmp_path / "l.jsonl", [shared, Problem("How many are 2 + 4?", 6.0, "2 + 4 = <<2+4=6>>6\n#### 6")])
+    labeled = write_problems(
+        tmp_path / "l.jsonl",
+        [shared, Problem("How many are 2 + 4?", 6.0, "2 + 4 = <<2+4=6>>6\n#### 6")],
+    )
     test = write_problems(tmp_path / "t.jsonl", [shared, Problem("How many are 2 + 5?", 7.0)])
     files = ["--labeled", labeled, "--test", f"mine={test}", *OWN, "--out", tmp_path / "run"]
     code, words = main_in_this_process(*files)
-    assert code == 2 and "mine: 1 question" in words and "2 + 3" in words and "--allow-leakage" in words
+    assert (
+        code == 2
+        and "mine: 1 question" in words
+        and "2 + 3" in words
+        and "--allow-leakage" in words
+    )
     assert not (tmp_path / "run").exists()
     code, words = main_in_this_process(*files, "--allow-leakage")
     assert code == 0, words
-    write_problems(test, [replace(shared, answer=50.0, rationale=None)])  # another file under the same name
+    write_problems(
+        test, [replace(shared, answer=50.0, rationale=None)]
+    )  # another file under the same name
     result = command(*files, "--allow-leakage")
-    assert result.returncode == 2 and "a run with other problems" in result.stderr and "another --out" in result.stderr
+    assert (
+        result.returncode == 2
+        and "a run with other problems" in result.stderr
+        and "another --out" in result.stderr
+    )
 
 
-def test_a_large_model_on_a_cpu_says_first_what_it_will_take(tmp_path, monkeypatch, capsys):
-    """Nobody should find out on the third day. The sentence comes before the weights are fetched."""
-    def fetch(size):
-        raise OSError("stopped here")
-
-    labeled = write_problems(tmp_path / "l.jsonl", [Problem("How many are 2 + 4?", 6.0, "2 + 4 = <<2+4=6>>6\n#### 6")] * 1000)
-    test = write_problems(tmp_path / "t.jsonl", [Problem("How many are 2 + 5?", 7.0)])
-    monkeypatch.setattr(run, "fetch_flan_t5", fetch)
-    monkeypatch.setattr(sys, "argv", ["run.py", "--size", "base", "--device", "cpu", "--labeled", str(labeled), "--test", f"t={test}"])
-    with pytest.raises(OSError):
-        run.main()
-    assert "21.2 hours" in (said := capsys.readouterr().out) and "--size tiny" in said, said
+def test_questions_that_are_cut_are_counted(tmp_path):
+    """Two long questions that differ in their last sentence get the same ids: the run must say so first."""
+    long = "Ana has 3 nuts. " * 60
+    labeled = [Problem(long + end, 3.0, "#### 3") for end in ("How many?", "How many more?")]
+    files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled)]
+    files += ["--test", f"t={write_problems(tmp_path / 't.jsonl', [Problem('How many?', 3.0)])}"]
+    result = command(*files, *OWN, "--rounds", 0, "--out", tmp_path / "run")
+    assert "Of 2 labeled problems 2 questions are cut" in result.stdout, result.stderr
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
@@ -347,7 +405,11 @@ def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
     save_flan_t5(T5(replace(SIZES["tiny"], vocab_size=300)), tmp_path / "model")
     shutil.copy(ROOT / "data/tiny/spiece.model", tmp_path / "model")
     result = command("--weights", tmp_path / "model", "--out", tmp_path / "run")
-    assert result.returncode == 2 and "vocabulary" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "do not belong together" in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
 def test_two_hundred_broken_lines_are_refused_with_their_number(tmp_path):
@@ -371,8 +433,12 @@ def test_two_hundred_broken_lines_are_refused_with_their_number(tmp_path):
                                  b'{"question": "q", "answer": "#### 2", "ans": 3}', b'{"question": "q", "answer": true}'])  # fmt: skip
         lines = [good.encode()] * rng.randint(0, 5)
         path.write_bytes(b"\n".join([*lines, bytes(broken), good.encode()]))
-        code, words = main_in_this_process("--labeled", path, "--test", f"mine={path}", "--out", tmp_path / "run")
-        assert code == 2 and f"train.jsonl, line {len(lines) + 1}:" in words and words.count("\n") == 1, (bytes(broken), words)
+        code, words = main_in_this_process(
+            "--labeled", path, "--test", f"mine={path}", "--out", tmp_path / "run"
+        )
+        assert (
+            code == 2 and f"train.jsonl, line {len(lines) + 1}:" in words and words.count("\n") == 1
+        ), (bytes(broken), words)
     assert not (tmp_path / "run").exists()
 
 
@@ -388,14 +454,23 @@ def test_fifty_broken_checkpoints_are_refused_in_one_sentence(tmp_path):
         if number % 3 == 0:
             victim.unlink()
         else:
-            victim.write_bytes(content[: rng.randrange(len(content) * 9 // 10)] if number % 3 == 1 else rng.randbytes(len(content)))
-        code, words = main_in_this_process("--weights", folder, "--limit", 2, "--out", tmp_path / f"run-{number}")
+            victim.write_bytes(
+                content[: rng.randrange(len(content) * 9 // 10)]
+                if number % 3 == 1
+                else rng.randbytes(len(content))
+            )
+        code, words = main_in_this_process(
+            "--weights", folder, "--limit", 2, "--out", tmp_path / f"run-{number}"
+        )
         assert code == 2 and words.count("\n") == 1 and "Traceback" not in words, (victim, words)
 
 
 def test_out_of_memory_says_which_number_to_lower(tmp_path, monkeypatch):
     """What CUDA says is ten lines about allocators; the reader needs the name of a flag, and that nothing is lost."""
-    for error in (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB"), RuntimeError("[enforce fail]: can't allocate memory")):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
 
         def fail(*_, **__):
             raise error
@@ -403,67 +478,110 @@ def test_out_of_memory_says_which_number_to_lower(tmp_path, monkeypatch):
         monkeypatch.setattr(selftrain, "generate", fail)
         out = tmp_path / type(error).__name__
         code, words = main_in_this_process("--limit", 2, "--sft-epochs", 1, "--out", out)
-        assert code == 2 and "--micro-batch-tokens" in words and "--decode-batch-size" in words and words.count("\n") == 1
-        assert "warm-up/sft/" in (out / "sha256sums.txt").read_text()
+        assert (
+            code == 2
+            and "--micro-batch-tokens" in words
+            and "--decode-batch-size" in words
+            and words.count("\n") == 1
+        )
+        assert (out / "warm-up/sft").exists()
 
 
 def test_every_hyper_parameter_of_the_paper_is_a_flag_with_that_default():
     """Table 5 and section 4.2, number by number: the defaults of --size base are the paper."""
-    config, out = run.parse_args(["--size", "base", "--device", "cpu"])
-    assert out == Path("runs/base-seed-42")
-    assert (config.rounds, config.dpo_samples, config.sft_samples, config.temperature, config.top_k) == (3, 5, 3, 0.7, 50)
+    config = run.parse_args(["--size", "base", "--device", "cpu"])
+    assert config.out == "runs/base-seed-42"
+    assert (config.rounds, config.dpo_samples, config.sft_samples, config.st_samples) == (
+        3,
+        5,
+        3,
+        3,
+    )
+    assert (config.temperature, config.top_k) == (0.7, 50)
     assert (config.sft_epochs, config.sft_learning_rate, config.sft_batch_size) == (8, 3e-4, 96)
-    assert (config.dpo_steps, config.dpo_learning_rate, config.dpo_batch_size, config.beta) == (150, 7e-7, 96, 0.1)
-    assert (config.warmup_ratio, config.final_ratio, config.weight_decay, config.max_grad_norm) == (0.1, 0.1, 0.01, 1.0)
+    assert (config.dpo_steps, config.dpo_learning_rate, config.dpo_batch_size) == (150, 7e-7, 96)
+    assert (config.beta, config.max_similarity, config.n_pairs, config.percentile) == (
+        0.1,
+        0.7,
+        3,
+        90,
+    )
+    assert (config.warmup_ratio, config.final_ratio) == (0.1, 0.1)
+    assert (config.weight_decay, config.max_grad_norm) == (0.01, 1.0)
     assert (config.max_new_tokens, config.method, config.seed) == (300, "dpo-st", 42)
-    text = command("--help").stdout
-    assert all("--" + item.name.replace("_", "-") in text for item in run.OPTIONS)
 
 
-@pytest.mark.parametrize("words, meant", [
-    ("--devise cpu", "--device"), ("--samples 5", "--st-samples or --sft-samples or --dpo-samples"), ("--no-calculater", "--no-calculator"),
-    ("--sft-learning=1e-3", "--sft-learning-rate"), ("base", "--help"), ("--xyz", "--help"),
-])  # fmt: skip
-def test_a_mistyped_option_is_answered_by_options_only(capsys, words, meant):
-    """Words of the help text are near, too: `run.py base` was asked whether it meant base."""
-    with pytest.raises(SystemExit):
-        run.parse_args(words.split())
-    assert f"there is no {words.split()[0]}; did you mean {meant}" in capsys.readouterr().err
+def test_every_flag_says_where_its_default_comes_from():
+    """In its help or in its group's title, in brackets; and the default that it states is the one it has."""
+    parser = run.make_parser()
+    for group in parser._action_groups[2:]:
+        for action in group._group_actions:
+            if type(action.default) in (int, float) and action.default != 0:
+                assert "[" in (action.help + group.title), action.dest
+                stated = action.help.partition("(")[2].partition(")")[0].replace(",", "")
+                assert float(stated) == action.default, (action.dest, action.help)
 
 
-def test_sampling_at_temperature_0_is_refused(capsys):
-    """All samples of a question would be the same greedy text: no pair in it, so that DPO is skipped, hours later."""
-    with pytest.raises(SystemExit):
-        run.parse_args(["--temperature", "0"])
-    assert "--temperature must be a number from 0.01" in capsys.readouterr().err
-
-
-def test_the_paper_has_the_same_numbers_wherever_they_are_defaults():
-    """Functions can be called without a Config: their defaults must not drift away from the documented ones."""
-    config, _ = run.parse_args(["--size", "base", "--device", "cpu"])
-    config.micro_batch_tokens, config.decode_batch_size = run.batch_sizes(config, SIZES["base"], 0)
-    schedule = sft.Schedule(config.sft_learning_rate)
-    for item in fields(sft.Schedule)[2:]:
-        assert getattr(schedule, item.name) == getattr(config, item.name), item.name
-    assert (decode.TOP_K, decode.MAX_NEW_TOKENS) == (config.top_k, config.max_new_tokens)
-    rules = selftrain.MAX_SIMILARITY, selftrain.N_PAIRS, selftrain.PERCENTILE
-    assert rules == (config.max_similarity, config.n_pairs, config.percentile)
+def test_other_numbers_than_the_papers_are_named_beside_the_papers_results(tmp_path):
+    """A row of the paper below a run of two steps would compare what cannot be compared."""
+    for stage in ("warm-up", "dpo-st/round-1"):
+        rows = [
+            {"test": test, "calculator": True, "answer": 3.0, "rationales": ["#### 3"]}
+            for test in run.TESTS
+        ]
+        (tmp_path / stage).mkdir(parents=True)
+        write_jsonl([*rows, rows[0] | {"calculator": False}], tmp_path / stage / "evaluation.jsonl")
+    table = run.make_table(tmp_path, run.parse_args(["--size", "base", "--device", "cpu"]))
+    assert "| DPO-ST, paper | 3 | 27.2 | 74.3 | 29.2 | 22.6 |  |" in table and "Unlike" not in table
+    changed = run.parse_args(
+        "--size base --device cpu --dpo-steps 2 --limit 9 --decode-batch-size 3".split()
+    )
+    table = run.make_table(tmp_path, changed)
+    assert "Unlike the paper's, this run has --limit 9, --dpo-steps 2." in table
 
 
 def test_the_real_checkpoint_and_real_gsm8k_run_every_stage(shared, tmp_path, slow):
     """Real vocabulary, real questions, public layout: the path of --size base without the download."""
     if not slow:
-        limits = ["--limit", "4", "--sft-epochs", "1", "--dpo-steps", "1", "--dpo-samples", "2", "--sft-samples", "1", "--max-new-tokens", "60"]
+        limits = [
+            "--limit",
+            "4",
+            "--sft-epochs",
+            "1",
+            "--dpo-steps",
+            "1",
+            "--dpo-samples",
+            "2",
+            "--sft-samples",
+            "1",
+            "--max-new-tokens",
+            "60",
+        ]
     else:
         limits = ["--limit", "64"]
     data = shared / "data"
     tests = [f"--test={name}={data / name.lower() / 'test.jsonl'}" for name in run.TESTS]
     result = command(
-        "--weights", shared / "mini-flan-t5", "--labeled", data / "gsm8k/train.jsonl", *tests, "--rounds", 1, *limits, "--out", tmp_path / "run"
+        "--weights",
+        shared / "mini-flan-t5",
+        "--labeled",
+        data / "gsm8k/train.jsonl",
+        *tests,
+        "--rounds",
+        1,
+        *limits,
+        "--out",
+        tmp_path / "run",
     )
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert set(results["warm-up"]) == {"GSM8K", "MultiArith", "ASDiv", "SVAMP", "GSM8K without calculator"}
+    assert set(results["warm-up"]) == {
+        "GSM8K",
+        "MultiArith",
+        "ASDiv",
+        "SVAMP",
+        "GSM8K without calculator",
+    }
 
 
 def test_size_base_fetches_checks_and_starts(shared, tmp_path):
@@ -471,7 +589,9 @@ def test_size_base_fetches_checks_and_starts(shared, tmp_path):
 
     The second start asks the hosts for nothing; one flipped byte in the weights is noticed and nothing of it is kept."""
     data, sources, mini = shared / "data", shared / "sources", shared / "mini-flan-t5"
-    Hosts.files = {f"{part}.jsonl": data / "gsm8k" / f"{part}.jsonl" for part in ("train", "dev", "test")}
+    Hosts.files = {
+        f"{part}.jsonl": data / "gsm8k" / f"{part}.jsonl" for part in ("train", "dev", "test")
+    }
     Hosts.files |= {name: sources / name for name in ("MultiArith.json", "ASDiv.xml", "SVAMP.json")}
     Hosts.files |= {path.name: path for path in mini.iterdir()}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hosts)
@@ -479,22 +599,46 @@ def test_size_base_fetches_checks_and_starts(shared, tmp_path):
     url = f"http://127.0.0.1:{server.server_port}"
     hosts = {"DPO_ST_GITHUB": url, "HF_ENDPOINT": url, "DPO_ST_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path),
              "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}  # fmt: skip
+    pinned = {
+        "spiece.model": hashlib.sha256((mini / "spiece.model").read_bytes()).hexdigest(),
+        "base/model.safetensors": hashlib.sha256(
+            (mini / "model.safetensors").read_bytes()
+        ).hexdigest(),
+    }
+    program = (
+        "import runpy, data.sources; "
+        f"data.sources.SHA256 = {pinned}; "
+        "runpy.run_path('run.py', run_name='__main__')"
+    )
+
+    def command(*arguments, **environment) -> subprocess.CompletedProcess:
+        """run.py with the checksums of the stand-ins."""
+        return subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+            timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )  # fmt: skip
+
     start = ["--size", "base", "--device", "cpu", "--rounds", 1, "--limit", 2, "--sft-epochs", 1, "--dpo-steps", 1,
              "--max-new-tokens", 20, "--out"]  # fmt: skip
     result = command(*start, tmp_path / "first", **hosts)
     assert result.returncode == 0, result.stderr
     assert "| DPO-ST, paper | 3 | 27.2 | " in (tmp_path / "first/results.md").read_text()
-    assert len(Hosts.asked) == 9, Hosts.asked
+    assert len(Hosts.asked) == 9, Hosts.asked  # six datasets, config, vocabulary, weights
     assert command(*start, tmp_path / "second", **hosts).returncode == 0
     assert len(Hosts.asked) == 9, "what is in the cache was fetched again"
     broken = bytearray((mini / "model.safetensors").read_bytes())
     broken[-1] ^= 1
     (tmp_path / "broken").write_bytes(broken)
-    Hosts.stated = {"model.safetensors": hashlib.sha256((mini / "model.safetensors").read_bytes()).hexdigest()}
     Hosts.files["model.safetensors"] = tmp_path / "broken"
-    result = command(*start, tmp_path / "third", **{**hosts, "DPO_ST_CACHE": str(tmp_path / "other")})
+    result = command(
+        *start, tmp_path / "third", **{**hosts, "DPO_ST_CACHE": str(tmp_path / "other")}
+    )
     server.shutdown()
-    assert result.returncode == 2 and "model.safetensors" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "model.safetensors" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     assert not list((tmp_path / "other").rglob("*.safetensors"))
 
 
@@ -515,7 +659,10 @@ class Hosts(BaseHTTPRequestHandler):
             return self.send_error(404)
         if "/resolve/" in self.path:
             self.send_response(302)
-            self.send_header("X-Linked-ETag", f'"{self.stated.get(name) or hashlib.sha256(path.read_bytes()).hexdigest()}"')
+            self.send_header(
+                "X-Linked-ETag",
+                f'"{self.stated.get(name) or hashlib.sha256(path.read_bytes()).hexdigest()}"',
+            )
             self.send_header("X-Linked-Size", str(path.stat().st_size))
             self.send_header("Location", "/blob/" + name)
             self.send_header("Content-Length", "0")

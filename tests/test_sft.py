@@ -1,8 +1,6 @@
 """SFT: the loss against two oracles, batches that memory may cut anywhere, and the one training loop of the project."""
 
 import math
-import os
-import pickle
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,20 +10,41 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from conftest import schedule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import sft
-from data.folder import RunFolder
 from data.problems import load_problems
 from model import T5, T5Config, load_flan_t5, save_flan_t5, shift_right
 from sft import (
-    IGNORE, MAX_QUESTION, MAX_RATIONALE, Example, Progress, Schedule, collate, epochs, learning_rate, make_examples,
-    micro_batches, sft_loss, token_logps, train_sft,
-)  # fmt: skip
-from tokenizer import EOS_ID, Tokenizer, format_rationale
+    IGNORE,
+    Example,
+    batches,
+    learning_rate,
+    make_examples,
+    micro_batches,
+    sft_loss,
+    token_logps,
+    train_sft,
+)
+from tokenizer import (
+    EOS_ID,
+    MAX_QUESTION,
+    MAX_RATIONALE,
+    Tokenizer,
+    format_rationale,
+    pad_batch,
+)
 
 CONFIG = T5Config(d_model=32, d_ff=48, n_heads=2, n_layers=2, d_kv=16, vocab_size=48)
-RAGGED = [(3, 9), (11, 2), (5, 5), (2, 14), (7, 1), (1, 6), (9, 4)]  # tokens of question and rationale, without EOS
+RAGGED = [
+    (3, 9),
+    (11, 2),
+    (5, 5),
+    (2, 14),
+    (7, 1),
+    (1, 6),
+    (9, 4),
+]  # tokens of question and rationale, without EOS
 
 
 def random_model(seed: int = 0, **changes) -> T5:
@@ -51,6 +70,13 @@ def same_bytes(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
+def collate(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Questions, their mask, and labels, padded."""
+    input_ids, mask = pad_batch([example.input_ids for example in examples])
+    labels, _ = pad_batch([example.labels for example in examples], padding=IGNORE)
+    return input_ids, mask, labels
+
+
 def quiet(record: dict) -> None:
     """A log that prints nothing."""
 
@@ -74,7 +100,11 @@ def seen_by_optimizer():
 def tokenizer(tmp_path_factory) -> Tokenizer:
     """A vocabulary of some forty pieces, learned from two sentences, with T5's special ids."""
     folder = tmp_path_factory.mktemp("vocabulary")
-    sums = [f"How many are {a} + {b}? [ {a} + {b} = {a + b}] #### {a + b}" for a in range(10) for b in range(10)]
+    sums = [
+        f"How many are {a} + {b}? [ {a} + {b} = {a + b}] #### {a + b}"
+        for a in range(10)
+        for b in range(10)
+    ]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sums), model_prefix=str(folder / "spiece"), vocab_size=45, hard_vocab_limit=False,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
@@ -89,17 +119,25 @@ def test_texts_are_cut_at_200_and_300_tokens_and_keep_their_eos(tokenizer):
     """A rationale cut without its EOS would teach the model never to stop; the authors cut at these lengths."""
     long, short = "3 + 4 = 7 " * 200, "3 + 4"
     cut, whole = make_examples(
-        [SimpleNamespace(question=long, rationale=long), SimpleNamespace(question=short, rationale=short)], tokenizer
+        [
+            SimpleNamespace(question=long, rationale=long),
+            SimpleNamespace(question=short, rationale=short),
+        ],
+        tokenizer,
     )
     assert (len(cut.input_ids), len(cut.labels)) == (MAX_QUESTION, MAX_RATIONALE) == (200, 300)
     everything = tokenizer.encode(long)
-    assert cut.input_ids == everything[:199] + [EOS_ID] and cut.labels == everything[:299] + [EOS_ID]
+    assert cut.input_ids == everything[:199] + [EOS_ID] and cut.labels == everything[:299] + [
+        EOS_ID
+    ]
     assert whole.input_ids == whole.labels == tokenizer.encode(short) and whole.labels[-1] == EOS_ID
 
 
 def test_padding_is_masked_in_questions_and_ignored_in_rationales():
     """Padding with 0 in the labels would be a target, and the model would learn to write padding."""
-    input_ids, attention_mask, labels = collate([Example([5, 6, 1], [7, 1]), Example([8, 1], [9, 10, 11, 1])])
+    input_ids, attention_mask, labels = collate(
+        [Example([5, 6, 1], [7, 1]), Example([8, 1], [9, 10, 11, 1])]
+    )
     assert input_ids.tolist() == [[5, 6, 1], [8, 1, 0]]
     assert attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert labels.tolist() == [[7, 1, IGNORE, IGNORE], [9, 10, 11, 1]] and IGNORE == -100
@@ -113,7 +151,9 @@ def test_micro_batches_keep_every_item_once_within_the_budget():
         budget = int(rng.integers(1, 300))
         pieces = micro_batches(batch, budget)
         assert sorted(item for piece in pieces for item in piece) == sorted(batch)
-        assert all(len(piece) == 1 or len(piece) * max(map(len, piece)) <= budget for piece in pieces)
+        assert all(
+            len(piece) == 1 or len(piece) * max(map(len, piece)) <= budget for piece in pieces
+        )
 
 
 def test_micro_batches_are_few_and_of_similar_length():
@@ -127,8 +167,8 @@ def test_micro_batches_are_few_and_of_similar_length():
 
 def test_every_epoch_visits_every_item_once_in_its_own_order():
     """Sampling with replacement would skip a third of L per epoch; one fixed order is no shuffle."""
-    batches = epochs(10, 4, seed=1)
-    first, second = ([next(batches) for _ in range(3)] for _ in range(2))
+    source = batches(range(10), 4, seed=1)
+    first, second = ([next(source) for _ in range(3)] for _ in range(2))
     for epoch in (first, second):
         assert [len(batch) for batch in epoch] == [4, 4, 2]
         assert sorted(i for batch in epoch for i in batch) == list(range(10))
@@ -137,7 +177,7 @@ def test_every_epoch_visits_every_item_once_in_its_own_order():
 
 def test_the_order_of_the_data_follows_from_the_seed_alone():
     """A run that is continued must meet its data in the order of a run that never stopped, whatever drew numbers before."""
-    take = lambda seed: [batch for batch, _ in zip(epochs(50, 8, seed), range(20))]
+    take = lambda seed: [batch for batch, _ in zip(batches(range(50), 8, seed), range(20))]
     before = take(3)
     torch.manual_seed(99), np.random.seed(99)
     assert take(3) == before != take(4)
@@ -152,8 +192,12 @@ def test_the_loss_equals_cross_entropy_in_float64():
     expected = 0.0
     for example in examples:
         source, target = torch.tensor([example.input_ids]), torch.tensor([example.labels])
-        logits = model(source, torch.ones_like(source), torch.tensor([[0, *example.labels[:-1]]]))[0].double()
-        for t, label in enumerate(target[0]):  # position t reads labels before t and predicts label t
+        logits = model(source, torch.ones_like(source), torch.tensor([[0, *example.labels[:-1]]]))[
+            0
+        ].double()
+        for t, label in enumerate(
+            target[0]
+        ):  # position t reads labels before t and predicts label t
             expected += (torch.logsumexp(logits[t], 0) - logits[t, label]).item()
     assert sft_loss(model, examples)["loss"].item() == pytest.approx(expected, rel=1e-6)
 
@@ -166,7 +210,9 @@ def test_the_loss_equals_the_public_library(tmp_path):
     oracle = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
     input_ids, attention_mask, labels = collate(examples)
     with torch.no_grad():
-        expected = oracle(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss.item()
+        expected = oracle(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels
+        ).loss.item()
         ours = sft_loss(model, examples)["loss"].item() / n_targets(examples)
     assert abs(ours - expected) < 1e-5
 
@@ -181,32 +227,29 @@ def test_the_loss_equals_the_public_library_on_real_text(shared):
     input_ids, attention_mask, labels = collate(examples)
     with torch.no_grad():
         oracle = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
-        expected = oracle(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss.item()
+        expected = oracle(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels
+        ).loss.item()
         ours = sft_loss(load_flan_t5(folder), examples)["loss"].item() / n_targets(examples)
     assert abs(ours - expected) < 1e-5
 
 
-def test_padding_meets_no_matrix():
-    """Half of a padded batch of GSM8K is padding. What a matrix is given is counted: the real tokens, no row more, be it
-    in the encoder, in the decoder, on the way from one to the other, or at the vocabulary."""
-    model, examples = random_model(), random_examples()
-    rows = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.register_forward_hook(lambda layer, given, _, name=name: rows.__setitem__(name, given[0].shape[:-1]))
+def test_the_vocabulary_meets_real_tokens_only():
+    """Logits of 32,128 ids are the largest tensor of all: padding must not be among their rows."""
+    model, examples, rows = random_model(), random_examples(), []
+    model.lm_head.register_forward_hook(lambda layer, given, _: rows.append(given[0].shape[:-1]))
     sft_loss(model, examples)
-    questions, rationales = (sum(map(len, part)) for part in zip(*((e.input_ids, e.labels) for e in examples)))
-    for name, found in rows.items():
-        from_question = name.startswith("encoder") or name.endswith(("cross_attention.k", "cross_attention.v"))
-        assert found == (questions if from_question else rationales,), name
-    assert len(rows) == 2 * 7 + 2 * 11 + 1
+    assert rows == [(n_targets(examples),)]
 
 
 def test_padding_says_nothing_about_the_answer():
     """More of it in the same batch, whatever ids it has, leaves every gradient as it is: a mask forgotten anywhere shows."""
     model, examples = random_model(), random_examples()
     input_ids, attention_mask, labels = collate(examples)
-    wider = [F.pad(t, (0, 5), value=v) for t, v in ((input_ids, 7), (attention_mask, 0), (labels, IGNORE))]
+    wider = [
+        F.pad(t, (0, 5), value=v)
+        for t, v in ((input_ids, 7), (attention_mask, 0), (labels, IGNORE))
+    ]
     gradients = []
     for ids, mask, targets in ((input_ids, attention_mask, labels), wider):
         token_logps(model, model.encode(ids, mask), mask, targets).sum().backward()
@@ -222,7 +265,9 @@ def test_token_logps_sit_at_their_positions():
     input_ids, attention_mask, labels = collate(examples)
     logps = token_logps(model, model.encode(input_ids, attention_mask), attention_mask, labels)
     full = model(input_ids, attention_mask, shift_right(labels)).log_softmax(-1)
-    expected = full.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == IGNORE, 0)
+    expected = full.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(
+        labels == IGNORE, 0
+    )
     assert logps.shape == labels.shape and logps.dtype == torch.float32
     torch.testing.assert_close(logps, expected, atol=1e-5, rtol=0)
 
@@ -232,8 +277,8 @@ def test_token_logps_sit_at_their_positions():
 
 def test_learning_rate_by_hand():
     """20 steps, a tenth of them up: 1/2, 1, then the cosine from 1 over its middle (0.1 + 0.9 / 2) down to 0.1068."""
-    schedule = Schedule(learning_rate=2.0, warmup_ratio=0.1, final_ratio=0.1)
-    rates = [learning_rate(step, 20, schedule) / 2 for step in range(20)]
+    twenty = schedule(learning_rate=2.0)
+    rates = [learning_rate(step, 20, twenty) / 2 for step in range(20)]
     assert rates[:3] == pytest.approx([0.5, 1, 1])
     assert rates[11] == pytest.approx(0.55)
     assert rates[19] == pytest.approx(0.10683651)  # 0.1 + 0.45 * (1 + cos(pi * 17 / 18))
@@ -242,23 +287,25 @@ def test_learning_rate_by_hand():
 @pytest.mark.parametrize("ratio", [0.0, 0.03, 0.1, 0.5, 1.0])
 def test_learning_rate_rises_evenly_to_the_peak_and_never_leaves_zero_to_peak(ratio):
     """A step at rate 0 is a step wasted, and of a one-step training nothing would be left; above the peak it may diverge."""
-    schedule = Schedule(learning_rate=3e-4, warmup_ratio=ratio)
+    numbers = schedule(learning_rate=3e-4, warmup_ratio=ratio)
     for n_steps in (*range(1, 40), 150, 1000):
-        rates = [learning_rate(step, n_steps, schedule) for step in range(n_steps)]
+        rates = [learning_rate(step, n_steps, numbers) for step in range(n_steps)]
         top = rates.index(max(rates))
         assert min(rates) > 0 and max(rates) == pytest.approx(3e-4, rel=1e-12)
         assert top == max(0, math.ceil(ratio * n_steps) - 1)
         assert np.diff([0.0, *rates[: top + 1]]) == pytest.approx(rates[0])
         assert rates[top:] == sorted(rates[top:], reverse=True) and rates[-1] >= 0.1 * 3e-4
     if ratio < 1:
-        assert rates[-1] == pytest.approx(0.1 * 3e-4, rel=1e-3)  # of 1,000 steps: down to 10 % of the peak, not to 0
+        assert rates[-1] == pytest.approx(
+            0.1 * 3e-4, rel=1e-3
+        )  # of 1,000 steps: down to 10 % of the peak, not to 0
 
 
 # ------------------------------------------------------------------------------------------------------ the training
 
 
-def train(model, examples, n_epochs=1, log=quiet, progress=None, **changes) -> T5:
-    return train_sft(model, examples, n_epochs, Schedule(**{"learning_rate": 1e-3, **changes}), log=log, progress=progress)
+def train(model, examples, n_epochs=1, log=quiet, **changes) -> T5:
+    return train_sft(model, examples, n_epochs, schedule(**changes), "SFT", log)
 
 
 def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
@@ -267,10 +314,18 @@ def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
     logs, gradients = [], []
     for budget in (1, 40, 10**6):  # seven pieces, a few, one
         with seen_by_optimizer() as steps:
-            train(random_model(dropout=0.0), examples, log=logs.append, micro_batch_tokens=budget, max_grad_norm=1e9)
+            train(
+                random_model(dropout=0.0),
+                examples,
+                log=logs.append,
+                micro_batch_tokens=budget,
+                max_grad_norm=1e9,
+            )
         gradients.append(steps[0].gradients)
     model = random_model(dropout=0.0)
-    loss = sft_loss(model, examples)["loss"] / n_targets(examples)  # a mean over all tokens of the batch
+    loss = sft_loss(model, examples)["loss"] / n_targets(
+        examples
+    )  # a mean over all tokens of the batch
     loss.backward()
     for log, found in zip(logs, gradients):
         assert log["loss"] == pytest.approx(loss.item(), rel=1e-6)
@@ -290,7 +345,9 @@ def test_two_steps_are_adamw_with_clipping_and_decay():
     assert [step.rate for step in steps] == pytest.approx([rate / 2, rate])
     for step, log in zip(steps, logs, strict=True):
         assert log["grad_norm"] > limit  # the line shows the norm before the cut
-        assert math.sqrt(sum(g.double().square().sum().item() for g in step.gradients)) == pytest.approx(limit, rel=1e-3)
+        assert math.sqrt(
+            sum(g.double().square().sum().item() for g in step.gradients)
+        ) == pytest.approx(limit, rel=1e-3)
     for i, (weight, parameter) in enumerate(zip(before, model.parameters())):
         m = v = torch.zeros_like(weight)
         for t, step in enumerate(steps, 1):
@@ -303,12 +360,15 @@ def test_two_steps_are_adamw_with_clipping_and_decay():
 
 def test_training_takes_its_steps_at_the_scheduled_rates_and_logs_some():
     """Seven examples in batches of three are three steps an epoch. A rate set after its step would be one step late."""
-    logs, schedule = [], Schedule(learning_rate=1e-3, batch_size=3, log_every=4)
+    logs, numbers = [], schedule(batch_size=3, log_every=4)
     with seen_by_optimizer() as steps:
-        train_sft(random_model(), random_examples(), 3, schedule, "warm-up", log=logs.append)
-    assert [step.rate for step in steps] == [learning_rate(step, 9, schedule) for step in range(9)]
+        train_sft(random_model(), random_examples(), 3, numbers, "warm-up", logs.append)
+    assert [step.rate for step in steps] == [learning_rate(step, 9, numbers) for step in range(9)]
     assert [log["step"] for log in logs] == [1, 5, 9]
-    assert all(log["stage"] == "warm-up" and {"loss", "grad_norm", "learning_rate"} <= set(log) for log in logs)
+    assert all(
+        log["stage"] == "warm-up" and {"loss", "grad_norm", "learning_rate"} <= set(log)
+        for log in logs
+    )
     assert [log["learning_rate"] for log in logs] == [steps[i].rate for i in (0, 4, 8)]
 
 
@@ -337,7 +397,9 @@ def test_dropout_is_on_while_training_and_off_afterwards():
 def test_dropout_differs_from_step_to_step():
     """One mask for the whole training, from a seed set once too often, would just be a smaller model."""
     logs = []
-    train(random_model(), random_examples(), 3, logs.append, learning_rate=1e-12, log_every=1)  # the weights stand still
+    train(
+        random_model(), random_examples(), 3, logs.append, learning_rate=1e-12, log_every=1
+    )  # the weights stand still
     losses = [log["loss"] for log in logs]
     assert max(losses) - min(losses) > 1e-3
 
@@ -345,8 +407,14 @@ def test_dropout_differs_from_step_to_step():
 def test_one_batch_is_learned_by_heart_and_decoded_back(tokenizer):
     """If the pieces fit together, 60 steps suffice. Decoding tells more than the loss: decoder inputs that are not shifted
     overfit even better, and then write nothing."""
-    texts = {f"How many are {a} + {b}?": f"[ {a} + {b} = {a + b}] #### {a + b}" for a, b in ((2, 3), (7, 1), (4, 9))}
-    examples = [Example(tokenizer.encode(question), tokenizer.encode(text)) for question, text in texts.items()]
+    texts = {
+        f"How many are {a} + {b}?": f"[ {a} + {b} = {a + b}] #### {a + b}"
+        for a, b in ((2, 3), (7, 1), (4, 9))
+    }
+    examples = [
+        Example(tokenizer.encode(question), tokenizer.encode(text))
+        for question, text in texts.items()
+    ]
     model = random_model(vocab_size=tokenizer.vocab_size, dropout=0.0)
     train(model, examples, 60, learning_rate=1e-2)
     with torch.no_grad():
@@ -354,7 +422,11 @@ def test_one_batch_is_learned_by_heart_and_decoded_back(tokenizer):
         for question, text in texts.items():
             source, written = torch.tensor([tokenizer.encode(question)]), [0]
             while written[-1] != EOS_ID and len(written) < 40:
-                written.append(model(source, torch.ones_like(source), torch.tensor([written]))[0, -1].argmax().item())
+                written.append(
+                    model(source, torch.ones_like(source), torch.tensor([written]))[0, -1]
+                    .argmax()
+                    .item()
+                )
             assert written[-1] == EOS_ID and tokenizer.decode(written) == text
 
 
@@ -366,88 +438,16 @@ def test_a_gradient_that_is_not_finite_stops_training_and_names_the_step():
     with pytest.raises(FloatingPointError, match=r"^SFT\b.*step 1\b") as error:
         train(model, random_examples())
     assert "\n" not in str(error.value) and same_bytes(weights(model), before)
-    with pytest.raises(FloatingPointError, match=r"^SFT\b.*step 2\b"):  # the first step goes far too far
+    with pytest.raises(
+        FloatingPointError, match=r"^SFT\b.*step 2\b"
+    ):  # the first step goes far too far
         train(random_model(), random_examples(), 4, learning_rate=1e30)
 
 
-def test_a_gradient_that_is_not_finite_names_its_batch_and_the_last_good_checkpoint(tmp_path):
-    """To find the example that did it, and to know what is safe. The save of the step before is neither lost nor replaced."""
-    progress = progress_in(tmp_path)
-    with pytest.raises(FloatingPointError) as error:
-        train(random_model(), random_examples(), 4, learning_rate=1e30, batch_size=3, progress=progress)
-    batches = epochs(7, 3, 42)
-    _, second = next(batches), next(batches)
-    assert f"step 2 (items {sorted(second)})" in str(error.value)
-    assert str(tmp_path / "sft.step-1.pt") in str(error.value) and (tmp_path / "sft.step-1.pt").exists()
-
-
-# ----------------------------------------------------------------------------------------------- memory, and surviving a stop
-
-
-def progress_in(path, name: str = "sft", minutes: float = 0) -> Progress:
-    """A Progress that saves after every step, in a run folder of its own."""
-    path.mkdir(exist_ok=True)
-    return Progress(RunFolder(path), name, minutes)
-
-
-class Stop(Exception):
-    """Somebody pulls the plug."""
-
-
-@pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
-def test_a_training_that_was_stopped_ends_with_the_same_bytes(tmp_path, stop_at):
-    """Optimiser, schedule, data order and dropout all go on where they were, through the border of an epoch (step 3) too.
-    A moment forgotten, or an order begun anew, would give another model, and not even a worse one to notice."""
-    expected, logs = [], []
-    whole = train(random_model(), random_examples(), 2, expected.append, batch_size=3, log_every=1)
-
-    def pull_the_plug(record: dict) -> None:
-        logs.append(record)
-        if record["step"] == stop_at + 1:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(random_model(), random_examples(), 2, pull_the_plug, batch_size=3, log_every=1, progress=progress_in(tmp_path))
-    torch.manual_seed(99)  # whatever happened meanwhile
-    continued = train(random_model(5), random_examples(), 2, logs.append, batch_size=3, log_every=1, progress=progress_in(tmp_path))
-    assert same_bytes(weights(continued), weights(whole))
-    assert logs == expected[: stop_at + 1] + expected[stop_at:]  # the step that was not saved is taken again
-
-
-def test_saves_are_minutes_apart(tmp_path):
-    """A save of base takes seconds and three gigabytes: not after every step, and none when the training is over soon."""
-    train(random_model(), random_examples(), 3, batch_size=3, progress=progress_in(tmp_path, minutes=10))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_trap_in_a_saved_training_is_not_sprung(tmp_path):
-    """A save is a pickle, which may call anything when it is read carelessly. It is refused, and nothing has run."""
-
-    class Trap:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "sprung"),)
-
-    RunFolder(tmp_path).write("sft.step-1.pt", lambda path: torch.save(({}, {"trap": Trap()}, 1), path))
-    with pytest.raises(pickle.UnpicklingError):
-        train(random_model(), random_examples(), progress=progress_in(tmp_path))
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_gradient_checkpointing_changes_memory_and_nothing_else():
-    """The same loss and gradients with dropout on, for it repeats in the second computation; a fraction kept in between."""
-    results = []
-    for on in (False, True):
-        model, kept = random_model(), []
-        model.train()
-        model.gradient_checkpointing = on
-        torch.manual_seed(1)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-            loss = sft_loss(model, random_examples())["loss"]
-        loss.backward()
-        results.append((loss.item(), sum(kept), [parameter.grad for parameter in model.parameters()]))
-    assert results[0][0] == results[1][0] and results[1][1] < 0.3 * results[0][1]
-    for a, b in zip(results[0][2], results[1][2]):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+def test_nothing_to_train_on_is_refused():
+    """An empty file of labeled problems must not pass for a training."""
+    with pytest.raises(ValueError, match="SFT.*labeled problems"):
+        train(random_model(), [])
 
 
 def test_bf16_is_for_computing_only():
@@ -459,14 +459,3 @@ def test_bf16_is_for_computing_only():
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         losses[bf16] = [record["loss"] for record in logs]
     assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=0.02)
-
-
-def test_the_vocabulary_meets_a_few_tokens_at_a_time(monkeypatch):
-    """Logits of 32,128 ids are the memory hog: (B, T, V) in fp32 for a batch of GSM8K is 2 GB. No product with the head is
-    larger than HEAD_TOKENS rows, and in how many parts it is done changes nothing."""
-    model, examples, losses, rows = random_model(), random_examples(), [], []
-    model.lm_head.register_forward_hook(lambda layer, given, logits: rows.append(len(logits)))
-    for most in (1000, 4):
-        monkeypatch.setattr(sft, "HEAD_TOKENS", most)
-        losses.append(sft_loss(model, examples)["loss"].item())
-    assert rows == [48] + [4] * 12 and losses[0] == pytest.approx(losses[1], rel=1e-6)

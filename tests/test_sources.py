@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
 from conftest import hear_ctrl_c
+
 from data import sources
+from data.checkpoints import BIN, SAFETENSORS
 from data.problems import load_problems
 from data.sources import DownloadError, fetch_datasets, fetch_flan_t5
 
@@ -26,9 +26,24 @@ SHARED = ROOT.parent / "shared"
 GSM8K = b'{"question": "How many?", "answer": "2*3 = <<2*3=6>>6\\n#### 6", "ans": 6.0}\n'
 MULTIARITH = b'[{"sQuestion": " How many? ", "lSolutions": [39.0]}]'
 SVAMP = b'[{"Body": "Tom has 3  pens", "Question": "How many?", "Answer": 3.0}, {"Body": "Two. ", "Question": "Q?", "Answer": 2.0}]'
-ASDIV = b"<M>" + b"".join(
-    b"<Problem><Body>Tom has pens.</Body><Question>How many?</Question><Answer>%s</Answer></Problem>" % answer
-    for answer in (b"9 (pens)", b"7", b"red", b"1:30", b"2.5 (pens)", b"3; 4", b"14  (pens)", b"5 (years); 15 (years)")) + b"</M>"
+ASDIV = (
+    b"<M>"
+    + b"".join(
+        b"<Problem><Body>Tom has pens.</Body><Question>How many?</Question><Answer>%s</Answer></Problem>"
+        % answer
+        for answer in (
+            b"9 (pens)",
+            b"7",
+            b"red",
+            b"1:30",
+            b"2.5 (pens)",
+            b"3; 4",
+            b"14  (pens)",
+            b"5 (years); 15 (years)",
+        )
+    )
+    + b"</M>"
+)
 
 
 def sha256(body):
@@ -48,21 +63,26 @@ class PublicHosts(BaseHTTPRequestHandler):
             return self.send_error(fault or 404)
         if "/resolve/" in path and path == name:  # the hub's first answer
             self.send_response(307 if name.endswith(".json") else 302)
-            self.send_header("Location", ("/api" if name.endswith(".json") else "/storage") + name + "?signature=1")
+            self.send_header(
+                "Location",
+                ("/api" if name.endswith(".json") else "/storage") + name + "?signature=1",
+            )
             if not name.endswith(".json") and fault != "no checksum":
                 self.send_header("X-Linked-ETag", f'"{sha256(body)}"')
-                self.send_header("X-Linked-Size", str(10 ** 18 if fault == "huge" else len(body)))
+                self.send_header("X-Linked-Size", str(10**18 if fault == "huge" else len(body)))
             self.send_header("Content-Length", "0")
             return self.end_headers()
         self.send_response(200)
         if path.startswith("/api"):
-            self.send_header("ETag", 'W/"' + hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest() + '"')
+            self.send_header(
+                "ETag", 'W/"' + hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest() + '"'
+            )
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
             if fault == "altered":
                 body = body[:-1] + bytes([body[-1] ^ 1])
-            self.wfile.write(body[:len(body) // 2] if fault in ("cut", "stalls") else body)
+            self.wfile.write(body[: len(body) // 2] if fault in ("cut", "stalls") else body)
             if fault == "stalls":
                 server.released.wait(20)
 
@@ -76,32 +96,54 @@ class PublicHosts(BaseHTTPRequestHandler):
 def hosts(tmp_path, monkeypatch):
     """A server with small stand-ins for every public file; `faults` says by file name how it misbehaves."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), PublicHosts)
-    server.requests, server.faults, server.released, server.files, datasets = [], {}, threading.Event(), {}, {}
+    server.requests, server.faults, server.released, server.files, datasets = (
+        [],
+        {},
+        threading.Event(),
+        {},
+        {},
+    )
     server.datasets = datasets
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    for name, (convert, _, *addresses) in sources.DATASETS.items():
-        body = {"gsm8k": GSM8K, "multiarith": MULTIARITH, "asdiv": ASDIV, "svamp": SVAMP}[name.partition("/")[0]]
-        server.files[f"/{addresses[0]}"] = body
-        datasets[name] = (convert, sha256(body), *addresses)
+    for name, source in sources.DATASETS.items():
+        body = {"gsm8k": GSM8K, "multiarith": MULTIARITH, "asdiv": ASDIV, "svamp": SVAMP}[
+            name.partition("/")[0]
+        ]
+        server.files[f"/{source['address']}"] = body
+        datasets[name] = source | {"sha256": sha256(body)}
     for size, revision in sources.FLAN_T5.items():
         folder = f"/google/flan-t5-{size}/resolve/{revision}"
         for weights in ("model.safetensors", "pytorch_model.bin"):
             stem, ending = weights.rsplit(".", 1)
-            shards = [f"{stem}-0000{n}-of-00002.{ending}" for n in (1, 2)] if size in ("xl", "xxl") else [weights]
+            shards = (
+                [f"{stem}-0000{n}-of-00002.{ending}" for n in (1, 2)]
+                if size in ("xl", "xxl")
+                else [weights]
+            )
             for shard in shards:
                 server.files[f"{folder}/{shard}"] = f"{size} {shard} ".encode() * 4000
             if len(shards) > 1:
                 index = {"weight_map": {"b": shards[1], "a": shards[0], "c": shards[0]}}
                 server.files[f"{folder}/{weights}.index.json"] = json.dumps(index).encode()
-        server.files |= {f"{folder}/config.json": b'{"d_model": 8}', f"{folder}/spiece.model": b"the vocabulary" * 1000}
+        server.files |= {
+            f"{folder}/config.json": b'{"d_model": 8}',
+            f"{folder}/spiece.model": b"the vocabulary" * 1000,
+        }
     monkeypatch.setattr(sources, "DATASETS", datasets)
-    monkeypatch.setattr(sources, "SHA256", {"spiece.model": (sha256(b"the vocabulary" * 1000),)})
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)  # no safetensors, unless a test says so
-    for name, value in {"DPO_ST_GITHUB": server.url, "HF_ENDPOINT": server.url, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
-                        "DPO_ST_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "library")}.items():
+    monkeypatch.setattr(sources, "SHA256", {"spiece.model": sha256(b"the vocabulary" * 1000)})
+    monkeypatch.setattr(sources, "readable_formats", lambda: [BIN])  # unless a test says otherwise
+    for name, value in {
+        "DPO_ST_GITHUB": server.url,
+        "HF_ENDPOINT": server.url,
+        "no_proxy": "127.0.0.1",
+        "NO_PROXY": "127.0.0.1",
+        "DPO_ST_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path / "library"),
+    }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     yield server
     server.released.set()
     server.shutdown()
@@ -116,7 +158,7 @@ def refused(fetch, *arguments):
     """Return the one sentence that a failed fetch ends in."""
     with pytest.raises(DownloadError) as error:
         fetch(*arguments)
-    assert "\n" not in str(error.value) and str(error.value).endswith("run the same command again.")
+    assert "\n" not in str(error.value) and "DPO_ST_CACHE" in str(error.value)
     return str(error.value)
 
 
@@ -125,9 +167,14 @@ def test_datasets_are_fetched_converted_and_readable(hosts, tmp_path):
     folder = fetch_datasets()
     assert folder == tmp_path / "cache" / "datasets"
     assert (folder / "gsm8k/dev.jsonl").read_bytes() == GSM8K
-    questions = {name: [(p.question, p.answer) for p in load_problems(folder / name)] for name in hosts.datasets}
+    questions = {
+        name: [(p.question, p.answer) for p in load_problems(folder / name)]
+        for name in hosts.datasets
+    }
     assert questions["multiarith/test.jsonl"] == [("How many?", 39)]
-    assert questions["asdiv/test.jsonl"] == [("Tom has pens. How many?", answer) for answer in (9, 7, 5)]
+    assert questions["asdiv/test.jsonl"] == [
+        ("Tom has pens. How many?", answer) for answer in (9, 7, 5)
+    ]
     assert questions["svamp/test.jsonl"] == [("Tom has 3 pens. How many?", 3), ("Two. Q?", 2)]
 
 
@@ -135,30 +182,60 @@ def test_what_is_in_the_cache_is_not_asked_for_again(hosts):
     """Second runs must work on a train: not one request, and the same folders."""
     first = fetch_datasets(), fetch_flan_t5("base"), fetch_flan_t5("xl")
     hosts.requests.clear()
-    assert (fetch_datasets(), fetch_flan_t5("base"), fetch_flan_t5("xl")) == first and hosts.requests == []
+    assert (
+        fetch_datasets(),
+        fetch_flan_t5("base"),
+        fetch_flan_t5("xl"),
+    ) == first and hosts.requests == []
 
 
-@pytest.mark.parametrize("safetensors, weights", [(True, "model.safetensors"), (False, "pytorch_model.bin")])
-def test_a_checkpoint_is_fetched_in_the_format_that_can_be_read(hosts, monkeypatch, safetensors, weights):
+@pytest.mark.parametrize("formats, weights", [([SAFETENSORS, BIN], SAFETENSORS), ([BIN], BIN)])
+def test_a_checkpoint_is_fetched_in_the_format_that_can_be_read(
+    hosts, monkeypatch, formats, weights
+):
     """safetensors is optional; a file that nothing here can open is a wasted gigabyte."""
-    monkeypatch.setattr(sources, "find_spec", lambda name: safetensors or None)
+    monkeypatch.setattr(sources, "readable_formats", lambda: formats)
     folder = fetch_flan_t5("base")
     assert files_in(folder) == sorted(["config.json", "spiece.model", weights])
     assert (folder / weights).read_bytes() == f"base {weights} ".encode() * 4000
 
 
+@pytest.mark.parametrize("size", ["base", "xxl"])
+def test_where_the_hub_has_no_safetensors_the_other_format_is_fetched(hosts, monkeypatch, size):
+    """No listing of xxl shows them; a 404 there must not end the run."""
+    monkeypatch.setattr(sources, "readable_formats", lambda: [SAFETENSORS, BIN])
+    hosts.files = {name: body for name, body in hosts.files.items() if "safetensors" not in name}
+    assert any(name.endswith(".bin") for name in files_in(fetch_flan_t5(size)))
+    hosts.requests.clear()
+    assert fetch_flan_t5(size).exists() and hosts.requests == []
+
+
+def test_a_known_checksum_is_not_asked_for(hosts, monkeypatch):
+    """What is pinned here is what counts, whatever a host states."""
+    monkeypatch.setitem(sources.SHA256, "base/pytorch_model.bin", "0" * 64)
+    assert "invalid hash" in refused(fetch_flan_t5, "base")
+    assert not [r for r in hosts.requests if r.startswith("HEAD")]
+
+
 def test_a_sharded_checkpoint_is_fetched_whole(hosts):
     """xl and xxl come as an index and the files it names, each once."""
     shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
-    assert files_in(fetch_flan_t5("xl")) == sorted(["config.json", "spiece.model", "pytorch_model.bin.index.json", *shards])
-    assert [sum(r.startswith("GET") and shard in r and "storage" in r for r in hosts.requests) for shard in shards] == [1, 1]
+    assert files_in(fetch_flan_t5("xl")) == sorted(
+        ["config.json", "spiece.model", "pytorch_model.bin.index.json", *shards]
+    )
+    assert [
+        sum(r.startswith("GET") and shard in r and "storage" in r for r in hosts.requests)
+        for shard in shards
+    ] == [1, 1]
 
 
 @pytest.mark.parametrize("fault", ["altered", "cut"])
-@pytest.mark.parametrize("name", ["train.jsonl", "SVAMP.json", "config.json", "spiece.model", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["train.jsonl", "SVAMP.json", "spiece.model", "pytorch_model.bin"])
 def test_a_wrong_byte_or_a_short_body_is_deleted_and_reported(hosts, tmp_path, name, fault):
     """HTTP does not notice either of them. The next run must find nothing of the bad file, and succeed."""
-    fetch = fetch_datasets if name in ("train.jsonl", "SVAMP.json") else lambda: fetch_flan_t5("base")
+    fetch = (
+        fetch_datasets if name in ("train.jsonl", "SVAMP.json") else lambda: fetch_flan_t5("base")
+    )
     hosts.faults[name] = fault
     assert name in refused(fetch)
     assert not [f for f in files_in(tmp_path) if name in f]
@@ -170,7 +247,10 @@ def test_a_wrong_byte_or_a_short_body_is_deleted_and_reported(hosts, tmp_path, n
 def test_an_http_error_names_the_address(hosts, tmp_path, fault, words):
     """The user can open the address in a browser and see."""
     hosts.faults.update({"ASDiv.xml": fault, "pytorch_model.bin": fault})
-    for fetch, name in ((fetch_datasets, "ASDiv.xml"), (lambda: fetch_flan_t5("base"), "pytorch_model.bin")):
+    for fetch, name in (
+        (fetch_datasets, "ASDiv.xml"),
+        (lambda: fetch_flan_t5("base"), "pytorch_model.bin"),
+    ):
         message = refused(fetch)
         assert words in message and hosts.url in message and name in message
         assert not [f for f in files_in(tmp_path) if name in f]
@@ -181,7 +261,10 @@ def test_no_network_is_one_sentence(monkeypatch, hosts):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    for name, fetch in (("DPO_ST_GITHUB", fetch_datasets), ("HF_ENDPOINT", lambda: fetch_flan_t5("base"))):
+    for name, fetch in (
+        ("DPO_ST_GITHUB", fetch_datasets),
+        ("HF_ENDPOINT", lambda: fetch_flan_t5("base")),
+    ):
         monkeypatch.setenv(name, nowhere)
         assert "refused" in refused(fetch)
 
@@ -194,17 +277,13 @@ def test_a_host_that_falls_silent_does_not_hang_the_run(hosts, tmp_path, monkeyp
     assert socket.getdefaulttimeout() is None and not list(tmp_path.rglob("pytorch_model*"))
 
 
-def test_a_full_disk_is_noticed_before_the_download_and_during_it(hosts, tmp_path, monkeypatch):
-    """Gigabytes should not be fetched in vain; and what the disk refuses midway must not stay under its name."""
-    hosts.faults["pytorch_model.bin"] = "huge"
-    message = refused(fetch_flan_t5, "base")
-    assert "the disk lacks 99" in message and "GB" in message and "DPO_ST_CACHE" in message
-    assert not [r for r in hosts.requests if r.startswith("GET /storage") and "pytorch_model" in r]
+def test_a_full_disk_is_one_sentence(hosts, tmp_path, monkeypatch):
+    """What the disk refuses midway must not stay under its name."""
 
-    def full(*_):
+    def full(path, write):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(sources, "write_beside", full)
     assert "No space left" in refused(fetch_datasets)
     assert "multiarith/test.jsonl" not in " ".join(files_in(tmp_path))
 
@@ -219,34 +298,50 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(hosts, tmp_path):
 def test_weights_without_a_stated_checksum_are_refused(hosts, tmp_path):
     """A mirror may drop the header; a gigabyte that cannot be checked is not worth having."""
     hosts.faults["pytorch_model.bin"] = "no checksum"
-    assert "checksum" in refused(fetch_flan_t5, "base") and not list(tmp_path.rglob("pytorch_model*"))
+    assert "checksum" in refused(fetch_flan_t5, "base") and not list(
+        tmp_path.rglob("pytorch_model*")
+    )
 
 
 @pytest.mark.parametrize("name", ["../evil.bin", "/evil.bin", "a/evil.bin", "a\\evil.bin", "x.bin/../../evil.bin", "..", "",
-                                  ".bin", "config.json", "evil.bin\n", 5, None, ["evil.bin"]])
+                                  ".bin", "config.json", "evil.bin\n", 5, None, ["evil.bin"]])  # fmt: skip
 def test_an_index_cannot_name_files_outside_the_folder(hosts, tmp_path, name):
     """The names come from the network: "../x" would be written outside, "config.json" over a file already checked."""
     index = f"/google/flan-t5-xl/resolve/{sources.FLAN_T5['xl']}/pytorch_model.bin.index.json"
-    hosts.files[index] = json.dumps({"weight_map": {"a": "pytorch_model-00001-of-00002.bin", "b": name}}).encode()
-    assert "plain weight files" in refused(fetch_flan_t5, "xl")
-    assert [Path(f).name for f in files_in(tmp_path)] == ["config.json", "pytorch_model.bin.index.json", "spiece.model"]
+    hosts.files[index] = json.dumps(
+        {"weight_map": {"a": "pytorch_model-00001-of-00002.bin", "b": name}}
+    ).encode()
+    assert "no weight file of its own folder" in refused(fetch_flan_t5, "xl")
+    assert [Path(f).name for f in files_in(tmp_path)] == ["config.json", "spiece.model"]
 
 
-@pytest.mark.parametrize("index", [b"{}", b"[]", b"", b'{"weight_map": {}}', b'{"weight_map": []}', b"\xff"])
+@pytest.mark.parametrize("index", [b"{}", b"[]", b"", b'{"weight_map": []}', b"\xff"])
 def test_a_broken_index_is_one_sentence(hosts, tmp_path, index):
-    """Also when it lies in the hub library's cache, which others write."""
+    """And it does not stay, or the next start would find it there."""
+    name = f"/google/flan-t5-xl/resolve/{sources.FLAN_T5['xl']}/pytorch_model.bin.index.json"
+    hosts.files[name] = index
+    assert "index.json" in refused(fetch_flan_t5, "xl")
+    assert [Path(f).name for f in files_in(tmp_path)] == ["config.json", "spiece.model"]
+
+
+def test_a_broken_index_in_the_librarys_cache_is_passed_over(hosts, tmp_path):
+    """Others write there: what is not whole is fetched, and left as it is."""
     folder = tmp_path / f"library/hub/models--google--flan-t5-xl/snapshots/{sources.FLAN_T5['xl']}"
     folder.mkdir(parents=True)
-    (folder / "pytorch_model.bin.index.json").write_bytes(index)
-    assert "delete it" in refused(fetch_flan_t5, "xl")
+    for name in ("config.json", "spiece.model", "pytorch_model.bin.index.json"):
+        (folder / name).write_text("{}")
+    assert fetch_flan_t5("xl") != folder and len(files_in(folder)) == 3
 
 
-@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+@pytest.mark.parametrize(
+    "variable", ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"]
+)
 def test_a_whole_copy_of_the_hub_library_is_used_in_place(hosts, tmp_path, monkeypatch, variable):
     """Many readers have the weights already. A copy that misses a file will not do: the library's links may lead nowhere."""
     library = tmp_path / "elsewhere"
+    monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv(variable, str(library))
-    library = library / "hub" if variable == "HF_HOME" else library
+    library = library / {"HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}.get(variable, ".")
     folder = library / f"models--google--flan-t5-base/snapshots/{sources.FLAN_T5['base']}"
     folder.mkdir(parents=True)
     for name in ("config.json", "spiece.model", "pytorch_model.bin"):
@@ -261,13 +356,17 @@ def test_a_whole_copy_of_the_hub_library_is_used_in_place(hosts, tmp_path, monke
 def test_a_killed_download_leaves_nothing_under_its_name(hosts, tmp_path, stop):
     """The process dies with half a file on disk; the same command then succeeds."""
     hosts.faults["pytorch_model.bin"] = "stalls"
-    program = ("from data import sources; sources.SHA256.clear(); sources.find_spec = lambda name: None; print(sources.fetch_flan_t5('base'))")
+    program = "from data import sources; sources.readable_formats = lambda: ['pytorch_model.bin']; sources.SHA256['spiece.model'] = None; print(sources.fetch_flan_t5('base'))"
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         preexec_fn=hear_ctrl_c,
     )  # fmt: skip
     deadline = time.time() + 30
-    while not list(tmp_path.rglob("pytorch_model.bin.*.partial")) and time.time() < deadline and process.poll() is None:
+    while (
+        not list(tmp_path.rglob("pytorch_model.bin.*.partial"))
+        and time.time() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.02)
     process.send_signal(stop)
     assert process.wait(20) != 0
@@ -276,11 +375,14 @@ def test_a_killed_download_leaves_nothing_under_its_name(hosts, tmp_path, stop):
     assert any(f.endswith(".partial") for f in left) == (stop == signal.SIGKILL)
     hosts.released.set()
     hosts.faults.clear()
-    assert (fetch_flan_t5("base") / "pytorch_model.bin").read_bytes() == b"base pytorch_model.bin " * 4000
+    assert (
+        fetch_flan_t5("base") / "pytorch_model.bin"
+    ).read_bytes() == b"base pytorch_model.bin " * 4000
 
 
 def test_the_command_prints_the_folders_or_one_sentence(hosts, tmp_path, monkeypatch, capsys):
     """`python -m data.sources base` is typed by hand: an error is a sentence and exit code 2, never a traceback."""
+
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["data.sources", *arguments])
         try:
@@ -291,7 +393,10 @@ def test_the_command_prints_the_folders_or_one_sentence(hosts, tmp_path, monkeyp
 
     code, output, _ = command("base")
     cache = tmp_path / "cache"
-    assert code == 0 and output == f"{cache}/flan-t5-base-{sources.FLAN_T5['base'][:8]}\n{cache}/datasets\n"
+    assert (
+        code == 0
+        and output == f"{cache}/flan-t5-base-{sources.FLAN_T5['base'][:8]}\n{cache}/datasets\n"
+    )
     assert command()[0] == 0
     for arguments, words in ((["huge"], "small, base"), (["small"], "404")):
         hosts.faults["pytorch_model.bin"] = 404
@@ -303,30 +408,54 @@ def test_the_command_prints_the_folders_or_one_sentence(hosts, tmp_path, monkeyp
         fetch_flan_t5("tiny")
 
 
-def test_a_file_that_has_moved_is_found_at_its_other_address(hosts, tmp_path):
-    """The authors' split lies at two places of their history; either alone is enough."""
-    first, other = sources.DATASETS["gsm8k/dev.jsonl"][2:]
-    hosts.files[f"/{other}"] = hosts.files.pop(f"/{first}")
-    assert (fetch_datasets(tmp_path / "cache") / "gsm8k/dev.jsonl").exists()
+def test_a_user_without_a_home_is_told_what_to_set(hosts, monkeypatch):
+    """Containers run under ids that no user has."""
+    monkeypatch.delenv("DPO_ST_CACHE")
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    assert "home" in refused(fetch_datasets)
 
 
-@pytest.mark.skipif(not (SHARED / "sources").is_dir(), reason="the untouched public files are not beside the repository")
+def test_an_address_may_end_in_a_slash(hosts, monkeypatch):
+    """A mirror's address is copied from a browser."""
+    monkeypatch.setenv("HF_ENDPOINT", hosts.url + "/")
+    monkeypatch.setenv("DPO_ST_GITHUB", hosts.url + "/")
+    fetch_flan_t5("base"), fetch_datasets()
+    assert not [r for r in hosts.requests if "//" in r]
+
+
+@pytest.mark.skipif(
+    not (SHARED / "sources").is_dir(),
+    reason="the untouched public files are not beside the repository",
+)
 def test_the_real_sources_become_the_real_datasets(hosts, tmp_path, monkeypatch):
     """With the real checksums and the real files, the result is the datasets the paper used, byte for byte."""
     monkeypatch.undo()
-    for name, value in {"DPO_ST_GITHUB": hosts.url, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}.items():
+    for name, value in {
+        "DPO_ST_GITHUB": hosts.url,
+        "no_proxy": "127.0.0.1",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
         monkeypatch.setenv(name, value)
-    for name, (convert, _, *addresses) in sources.DATASETS.items():
-        origin = SHARED / "sources" / Path(addresses[-1]).name if convert else SHARED / "data" / name
-        hosts.files |= {f"/{address}": origin.read_bytes() for address in addresses}
+    for name, source in sources.DATASETS.items():
+        origin = SHARED / "data" / name
+        if name in sources.CONVERSIONS:
+            origin = SHARED / "sources" / Path(source["address"]).name
+        hosts.files[f"/{source['address']}"] = origin.read_bytes()
     folder = fetch_datasets(tmp_path / "cache")
     for name in sources.DATASETS:
         assert (folder / name).read_bytes() == (SHARED / "data" / name).read_bytes(), name
 
 
-@pytest.mark.skipif(not (SHARED / "flan-t5").is_dir(), reason="the Flan-T5 facts are not beside the repository")
+@pytest.mark.skipif(
+    not (SHARED / "flan-t5").is_dir(), reason="the Flan-T5 facts are not beside the repository"
+)
 def test_the_pinned_revisions_are_the_known_ones():
     """A typing mistake in forty digits would show only on a machine with a network."""
     facts = json.loads((SHARED / "flan-t5/configs.json").read_text())
     assert {size: fact["revision"] for size, fact in facts.items()} == sources.FLAN_T5
-    assert facts["small"]["weight_files"]["model.safetensors"]["sha256"] == sources.SHA256["small/model.safetensors"][0]
+    known = facts["small"]["weight_files"]["model.safetensors"]["sha256"]
+    assert known == sources.SHA256["small/model.safetensors"]

@@ -151,7 +151,7 @@ def test_no_run_trains_or_tests_on_what_the_bundled_base_has_seen(seed):
     """The base read 30,000 multi-step stories. A seed that drew the same ones as L, U or test set would measure memory."""
     held_out = {problem.question for problem in make_problems(10_000, TEST_SEED)}
     pool = {problem.question for problem in make_problems(30_000, make_tiny.SEED, steps=(2, 3), exclude=held_out)}
-    labeled, unlabeled, tests = run.load_data(run.parse_args(["--seed", str(seed), "--device", "cpu"])[0])
+    labeled, unlabeled, tests = run.load_data(run.parse_args(["--seed", str(seed), "--device", "cpu"]))
     train = {problem.question for problem in [*labeled, *unlabeled]}
     test = {problem.question for problem in tests["held-out"]}
     assert len(train) == 1250 and len(test) == 2000

@@ -1,0 +1,111 @@
+"""The files of a checkpoint in the public layout: config.json, and the weights in one file or in shards.
+
+Both public formats are read, .safetensors (where that package is installed) and .bin, a pickle from
+which nothing but tensors is ever built. What a damaged file makes other libraries say becomes one
+sentence with its name. What the tensors mean is model.py's concern.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BIN = "pytorch_model.bin"
+SAFETENSORS = "model.safetensors"
+SHARD = re.compile(r"[\w-]+\.(bin|safetensors)")  # a plain file name: `../x` would lead outside
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    """One sentence for whatever went wrong with a file, in any of four libraries."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ValueError(
+        f"{path} is missing, damaged or not of a checkpoint ({lines[0][:100]}): "
+        "fetch it again, or name another folder"
+    )
+
+
+def read_fields(path: Path) -> dict:
+    """Read a JSON object, such as config.json. Raises ValueError, naming the file."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, error) from None
+    if not isinstance(fields, dict):
+        raise damaged(path, ValueError("it is no JSON object"))
+    return fields
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Find the file that holds a checkpoint's weights, or its shards. Raises FileNotFoundError, ValueError."""
+    names = [SAFETENSORS, BIN]
+    if importlib.util.find_spec("safetensors") is None:
+        names = [BIN]
+    for name in names:
+        if (folder / name).exists():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return shards(index)
+    raise FileNotFoundError(
+        f"{folder} has none of the files {', '.join(names)}: name the folder of a checkpoint "
+        "(for .safetensors files: pip install safetensors)"
+    )
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index lists, each once; they must lie beside it."""
+    where = read_fields(index).get("weight_map")
+    if not isinstance(where, dict):
+        raise damaged(index, ValueError("it has no weight_map"))
+    paths = []
+    for name in sorted({str(name) for name in where.values()}):
+        if not SHARD.fullmatch(name):
+            raise damaged(index, ValueError(f"{name!r:.60} is no weight file of its own folder"))
+        paths.append(index.parent / name)
+    return paths
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint by their public names, on the CPU, without running any code in it.
+
+    Raises ValueError for a damaged file or a name that two shards hold, FileNotFoundError without weights.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                found = load_file(path)
+            else:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+            for name, tensor in found.items():
+                if name in tensors:
+                    raise ValueError(f"{name} stands in two shards")
+                tensors[name] = tensor.detach()
+        except (
+            Exception
+        ) as error:  # of pickle, zipfile, safetensors or torch: whatever it is, the file is bad
+            raise damaged(path, error) from None
+    return tensors
+
+
+def write_checkpoint(folder: Path, fields: dict, tensors: dict[str, Tensor]) -> None:
+    """Write config.json and pytorch_model.bin; what is read before that file goes. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        path = Path(unfinished) / BIN
+        try:
+            torch.save(tensors, path)
+        except RuntimeError as error:  # torch's word for a disk that is full
+            raise OSError(f"{folder / BIN} cannot be written: is the disk full?") from error
+        text = json.dumps(fields, indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        os.replace(path, folder / BIN)
+    for name in (SAFETENSORS, f"{SAFETENSORS}.index.json"):
+        (folder / name).unlink(missing_ok=True)
