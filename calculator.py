@@ -1,4 +1,4 @@
-"""A calculator for what a language model writes: four operations, brackets, and nothing that could run.
+"""A calculator for what a language model writes: four operations, and nothing that could run.
 
 Source: paper, section 3.2. Left out on purpose: names, powers, functions. Neither `eval` nor a time
 limit is needed, because the grammar itself is bounded in length, depth and size.
@@ -25,8 +25,8 @@ def calculate(expression: str) -> str | None:
         product = factor (("*" | "/") factor)*
         factor  = ("-" | "+") factor  |  (number | "(" sum ")") "%"*
 
-    `2 + 3 * 4` is a sum of two products, 2 and 3 * 4: it gives "14". Never raises: division by zero,
-    other characters, absurd length, depth or size give None.
+    `2 + 3 * 4` is a sum of two products, 2 and 3 * 4: it gives "14". Never raises: division by
+    zero, other characters, absurd length, depth or size give None.
     """
     if len(expression) > MAX_LENGTH or TOKEN.sub("", expression).strip():
         return None
@@ -43,7 +43,7 @@ def calculate(expression: str) -> str | None:
 def format_number(value: float) -> str:
     """Print an integer when within 1e-4 of one, else two decimals without closing zeros.
 
-    DIFFERS: 0.29 * 100 = 28.999999999999996 prints as 29; the authors' code truncates and prints 29.0.
+    DIFFERS: 0.29 * 100 = 28.999999999999996 prints as 29; the authors' code prints 29.0.
     """
     if abs(value - round(value)) < 1e-4:
         return str(round(value))
@@ -53,8 +53,9 @@ def format_number(value: float) -> str:
     return text
 
 
-# Each reader takes from the left of `tokens` what belongs to it, and returns its value. `depth` is how
-# many brackets and signs may still be nested. Each raises ValueError for what the grammar does not know.
+# Each reader takes from the left of `tokens` what belongs to it, and returns its value. `depth` is
+# how many brackets and signs may still be nested. Each raises ValueError for what the grammar does
+# not know.
 
 
 def read_sum(tokens: deque[str], depth: int) -> float:

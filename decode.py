@@ -1,10 +1,10 @@
 """Batched decoding with a key-value cache and a calculator (paper, section 3.2 and figure 4).
 
-A batch has a fixed number of slots. Each slot writes one rationale; when that is finished, the next one
-takes the slot at once. Whenever a rationale has come to `[ expression =`, the calculator's digits and
-`]` are forced into it. Left out: beam search, and the arithmetic itself (calculator.py).
+A batch has a fixed number of slots. Each slot writes one rationale; when that is finished, the next
+one takes the slot at once. Whenever a rationale has come to `[ expression =`, the calculator's
+digits and `]` are forced into it. Left out: beam search, and the arithmetic itself (calculator.py).
 
-    python decode.py [--checkpoint DIR] ["question" ...]    # without a question: one slot against 32
+    python decode.py [--checkpoint DIR] ["question" ...]    # without: one slot against 32
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Sample:
 
 
 def uniform_noise(seed: int | str, question: str, number: int, n: int) -> list[float]:
-    """The n numbers in [0, 1) that decide one rationale: a function of these arguments and nothing else."""
+    """The n numbers in [0, 1) that decide one rationale: a function of these arguments alone."""
     source = random.Random(f"{seed}/{number}/{question}")
     return [source.random() for _ in range(n)]
 
@@ -52,13 +52,11 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Ten
     Temperature 0 is greedy and ignores the noise. top_k 0 keeps the whole vocabulary.
     """
     if temperature == 0:
-        if logits.is_cpu:  # numpy finds the largest of 32,128 numbers several times as fast
-            return torch.from_numpy(logits.float().numpy().argmax(-1))
         return logits.argmax(-1)
     vocab_size = logits.shape[-1]
     scores, ids = logits.float().topk(min(top_k or vocab_size, vocab_size))  # (B, k)
     cumulative = (scores / temperature).softmax(-1).cumsum(-1)  # (B, k)
-    # The first id whose cumulative probability exceeds the noise; scaled, since the sum may round below 1.
+    # The first id whose cumulative probability exceeds the noise. The sum may round to below 1.
     choice = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
     return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1))[:, 0]
 
@@ -79,9 +77,13 @@ class RowState:
         return self.sample.finished or len(self.sample.ids) == len(self.noise)
 
     @property
-    def last(self) -> int:
-        """The id that the decoder reads next."""
+    def next_input(self) -> int:
+        """The id that the decoder reads next: the last one written."""
         return self.sample.ids[-1] if self.sample.ids else START_ID
+
+    @property
+    def next_noise(self) -> float:
+        return 0.0 if self.done else self.noise[len(self.sample.ids)]
 
     def take(self, chosen: int) -> None:
         """Accept the next id: the calculator's if one is waiting, else the model's choice."""
@@ -106,7 +108,7 @@ class RowState:
         if "]" in piece:
             self.expression = None
         elif "=" in piece:
-            # In a piece with text behind `=` the model has already written past the calculator's turn.
+            # In a piece with text behind `=` the model has written past the calculator's turn.
             if self.expression.endswith("="):
                 result = calculate(self.expression[:-1])
                 if result is not None:
@@ -117,26 +119,28 @@ class RowState:
 class KVCache:
     """The keys and values of every decoder layer, for a batch of B slots.
 
-    Slot b has written lengths[b] tokens; their keys stand in columns 0 to lengths[b] - 1, and the next
-    ones go to column lengths[b]. To give a slot to a new rationale its length is set to 0: the old
-    columns are masked, and overwritten one by one. So slots need not start together, nor end together.
+    Slot b has written lengths[b] tokens; their keys stand in columns 0 to lengths[b] - 1, and the
+    next ones go to column lengths[b]. To give a slot to a new rationale its length is set to 0: the
+    old columns are masked, and overwritten one by one. So slots need not start together, nor end
+    together.
 
         columns             0 1 2 3 4 5 6
         slot 0, length 5    k k k k k . .    the next keys go to column 5
         slot 1, length 2    k k x x x x .    a new tenant; x: the old one's, masked
 
-    Held: 2 * n_layers * B * H * K * (max_new_tokens + source_length) numbers. Source: our own; slots
-    of their own length are what serving engines have, too.
+    Held: 2 * n_layers * B * H * K * (max_new_tokens + source_length) numbers. Source: our own;
+    slots of their own length are what serving engines have, too.
     """
 
     def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int):
         config, weight = model.config, model.shared.weight
-        own = (config.n_layers, n_slots, config.n_heads, max_new_tokens, config.d_kv)
-        source = (config.n_layers, n_slots, config.n_heads, source_length, config.d_kv)
-        self.keys = weight.new_zeros(own)
-        self.values = weight.new_zeros(own)
-        self.source_keys = weight.new_zeros(source)
-        self.source_values = weight.new_zeros(source)
+
+        def zeros(length: int) -> Tensor:
+            shape = (config.n_layers, 2, n_slots, config.n_heads, length, config.d_kv)
+            return weight.new_zeros(shape)  # the 2: keys and values
+
+        self.own = zeros(max_new_tokens)  # of the tokens that the slots have written
+        self.cross = zeros(source_length)  # of the questions that they answer
         self.lengths = torch.zeros(n_slots, dtype=torch.long, device=model.device)
         self.source_lengths = torch.zeros(n_slots, dtype=torch.long, device=model.device)
         self.window = max_new_tokens  # columns that are read; fewer while all rationales are short
@@ -151,42 +155,40 @@ class KVCache:
         padded = pad_sequence(states, batch_first=True)  # (slots, S, D)
         for layer, block in enumerate(model.decoder.blocks):
             keys, values = block.cross_attention.keys_values(padded)
-            self.source_keys[layer, slots, :, : max(lengths)] = keys
-            self.source_values[layer, slots, :, : max(lengths)] = values
+            self.cross[layer, 0, slots, :, : max(lengths)] = keys
+            self.cross[layer, 1, slots, :, : max(lengths)] = values
 
     def keep(self, slots: list[int]) -> None:
-        """Drop the other slots, so that the last few rationales do not drag an empty batch along."""
-        self.keys = self.keys[:, slots]
-        self.values = self.values[:, slots]
-        self.source_keys = self.source_keys[:, slots]
-        self.source_values = self.source_values[:, slots]
+        """Drop the other slots: the last few rationales need not drag an empty batch along."""
+        self.own = self.own[:, :, slots]
+        self.cross = self.cross[:, :, slots]
         self.lengths = self.lengths[slots]
         self.source_lengths = self.source_lengths[slots]
 
     def advance(self) -> tuple[Tensor, Tensor]:
-        """Begin a step: return the bias for the written tokens (B, H, 1, T) and the question (B, 1, 1, S)."""
+        """Begin a step: the bias for written tokens (B, H, 1, T) and the question (B, 1, 1, S)."""
         self.slots = torch.arange(len(self.lengths), device=self.lengths.device)
         # The column that this step writes in every slot; a slot without work stays at the last one.
-        self.now = self.lengths.clamp(max=self.keys.shape[3] - 1)
+        self.now = self.lengths.clamp(max=self.own.shape[4] - 1)
         self.lengths += 1
         age = (
             self.now[:, None] - self.columns[: self.window]
         )  # (B, T); negative: not of this rationale
         bias = self.bias_by_age[:, age.clamp(min=0)].transpose(0, 1)  # (B, H, T)
         bias = bias + torch.where(age >= 0, 0.0, MASKED)[:, None, :]
-        source = self.columns[: self.source_keys.shape[3]]
-        mask = source < self.source_lengths[:, None]  # (B, S)
+        source_columns = self.columns[: self.cross.shape[4]]
+        mask = source_columns < self.source_lengths[:, None]  # (B, S)
         return bias[:, :, None, :], padding_bias(mask)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write this step's keys and values (B, H, 1, K); return all those of the layer (B, H, T, K)."""
-        self.keys[layer][self.slots, :, self.now] = keys[:, :, 0]
-        self.values[layer][self.slots, :, self.now] = values[:, :, 0]
-        return self.keys[layer, :, :, : self.window], self.values[layer, :, :, : self.window]
+        """Write this step's keys and values (B, H, 1, K); return the layer's (B, H, T, K)."""
+        self.own[layer, 0, self.slots, :, self.now] = keys[:, :, 0]
+        self.own[layer, 1, self.slots, :, self.now] = values[:, :, 0]
+        return self.own[layer, :, :, :, : self.window].unbind(0)
 
     def source(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and values of the questions, twice (B, H, S, K)."""
-        return self.source_keys[layer], self.source_values[layer]
+        return self.cross[layer].unbind(0)
 
 
 def encode_questions(model: T5, tokenizer: Tokenizer, questions: list[str]) -> list[Tensor]:
@@ -206,8 +208,8 @@ def encode_questions(model: T5, tokenizer: Tokenizer, questions: list[str]) -> l
 def record_step(model: T5, cache: KVCache) -> Callable[[Tensor, KVCache], Tensor]:
     """`model.step` as a CUDA graph: its hundreds of kernels are recorded once, and launched as one.
 
-    A recording repeats its work on the same addresses: ids are copied in, logits are overwritten, and
-    no tensor of the cache may change its size.
+    A recording repeats its work on the same addresses: ids are copied in, logits are overwritten,
+    and no tensor of the cache may change its size.
     """
     ids = torch.zeros_like(cache.lengths)
     model.step(ids, cache)  # what libraries do at their first call must not be recorded
@@ -247,7 +249,7 @@ def generate(
     on_gpu = model.device.type == "cuda"
     results = [[Sample() for _ in range(n_samples)] for _ in questions]
     states = encode_questions(model, tokenizer, questions)
-    # Long questions first: they tend to have long rationales, and none should be left over at the end.
+    # Long questions first: their rationales tend to be long, and none should be left at the end.
     order = sorted(range(len(questions)), key=lambda i: -len(states[i]))
     waiting = deque((i, number) for i in order for number in range(n_samples))
     if not waiting:
@@ -279,10 +281,9 @@ def generate(
                 busy = list(range(len(rows)))
             cache.window = 1 + max(len(rows[slot].sample.ids) for slot in busy)
         # 3. One token for every slot.
-        last = torch.tensor([row.last for row in rows], device=model.device)
-        noise = [0.0 if row.done else row.noise[len(row.sample.ids)] for row in rows]
-        noise = torch.tensor(noise, device=model.device)
-        chosen = sample_next_token(step(last, cache), temperature, top_k, noise).tolist()
+        ids = torch.tensor([row.next_input for row in rows], device=model.device)
+        noise = torch.tensor([row.next_noise for row in rows], device=model.device)
+        chosen = sample_next_token(step(ids, cache), temperature, top_k, noise).tolist()
         # 4. The calculator has the last word; finished rationales leave.
         for slot in busy:
             row = rows[slot]
@@ -297,17 +298,10 @@ def generate(
 def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
     """The rationale's text, with what the calculator wrote between « and »."""
     text = ""
-    inside = False
-    for token, forced in zip(sample.ids, sample.forced):
-        if forced and not inside:
-            text += " «"
-        if inside and not forced:
-            text += "»"
-        inside = forced
-        text += tokenizer.piece(token)
-    if inside:
-        text += "»"
-    return text.strip()
+    for token, forced in zip(sample.ids, sample.forced, strict=True):
+        piece = tokenizer.piece(token)
+        text += f"«{piece}»" if forced else piece
+    return text.replace("»«", "").strip()
 
 
 def main() -> None:
@@ -329,7 +323,9 @@ def main() -> None:
         return
     for n in (1, 32):
         began = time.perf_counter()
-        samples = generate(model, tokenizer, ["Tom has 6 boxes with 24 pens in each. How many?"] * n)
+        samples = generate(
+            model, tokenizer, ["Tom has 6 boxes with 24 pens in each. How many?"] * n
+        )
         n_tokens = sum(len(sample.ids) for [sample] in samples)
         print(f"{n:2} at a time: {n_tokens / (time.perf_counter() - began):,.0f} tokens/s")
 

@@ -1,7 +1,7 @@
 """Direct preference optimisation (Rafailov et al., 2023; paper, section 2, eq. 5), written by hand.
 
-Left out: how pairs are made (selftrain.py), other preference losses, label smoothing, and pairs that
-are held out to be scored only.
+Left out: how pairs are made (selftrain.py), other preference losses, label smoothing, and pairs
+that are held out to be scored only.
 
     python dpo.py        # one pair worked by hand
 """
@@ -57,9 +57,9 @@ def make_pair_examples(pairs: Sequence[PreferencePair], tokenizer: Tokenizer) ->
 def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
     """log pi(y|x) of the chosen and of the rejected rationales, each (B,) fp32.
 
-    It is a SUM over a rationale's tokens, EOS included and padding excluded: the log-probability of the
-    whole text. Nothing is shifted here, the decoder's inputs already are. Each question is encoded once
-    for both of its rationales.
+    It is a SUM over a rationale's tokens, EOS included and padding excluded: the log-probability of
+    the whole text. Nothing is shifted here, the decoder's inputs already are. Each question is
+    encoded once for both of its rationales.
     """
     input_ids, mask = pad_batch([pair.input_ids for pair in pairs], model.device)
     rationales = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -78,7 +78,7 @@ def dpo_loss(
     reference_rejected: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, chosen rewards and rejected rewards per pair, from four log-probabilities per pair, all (B,).
+    """Losses, chosen and rejected rewards, from four log-probabilities of each pair, all (B,).
 
         r(y|x) = beta * (log pi(y|x) - log pi_ref(y|x))
         loss = -log sigmoid(r(y_w|x) - r(y_l|x))
@@ -121,8 +121,8 @@ def train_dpo(
 ) -> T5:
     """Train the policy for n_steps optimiser steps against a frozen copy of itself, the reference.
 
-    Dropout stays off, so that both agree at first and the first loss is log 2. The copy costs 4 bytes
-    per parameter.
+    Dropout stays off, so that both agree at first and the first loss is log 2. The copy costs 4
+    bytes per parameter.
     """
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     loss_of = partial(pair_loss, reference=reference, beta=beta)

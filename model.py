@@ -1,8 +1,9 @@
 """Flan-T5 in plain PyTorch: the encoder-decoder that DPO-ST trains (paper, section 4.2).
 
-This is the T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), with the names under which public
-checkpoints store it. Left out: losses (sft.py, dpo.py), sampling and its cache (decode.py), text
-(tokenizer.py), the files of a checkpoint (data/checkpoints.py), and fp16, in which T5 overflows.
+This is the T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), with the names under which
+public checkpoints store it. Left out: losses (sft.py, dpo.py), sampling and its cache (decode.py),
+text (tokenizer.py), the files of a checkpoint (data/checkpoints.py), and fp16, in which T5
+overflows.
 
 Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K d_kv, V vocabulary.
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.checkpoints import read_fields, read_tensors, write_checkpoint
+from data.checkpoints import read_fields, read_number, read_tensors, write_checkpoint
 
 START_ID = 0  # the decoder's first input: T5 starts from the padding id
 N_BUCKETS = 32  # of relative positions
@@ -51,9 +52,10 @@ SIZES = {
 
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + epsilon), the mean taken over the last dimension, (..., D) -> (..., D).
+    """weight * x / sqrt(mean(x^2) + epsilon), with the mean over the last dimension; (..., D).
 
-    Unlike LayerNorm it subtracts no mean and adds no bias. torch computes it in fp32, also for bf16.
+    Unlike LayerNorm it subtracts no mean and adds no bias. torch computes it in fp32, also for
+    bf16.
     """
 
     def __init__(self, config: T5Config):
@@ -117,7 +119,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """Mix values into x (B, T, D). bias is added to the scores (B, H, T, S), and also masks."""
         queries = self.split_heads(self.q(x))  # (B, H, T, K)
-        # No division by sqrt(K), unlike in other transformers: T5's initialisation of q holds that factor.
+        # Other transformers divide by sqrt(K) here. T5's initialisation of q holds that factor.
         scores = queries @ keys.transpose(2, 3) + bias  # (B, H, T, S)
         weights = self.dropout(scores.softmax(-1, dtype=torch.float32).to(values.dtype))
         mixed = weights @ values  # (B, H, T, K)
@@ -140,7 +142,7 @@ class GatedFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), in the decoder again with attention to the source, x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), in the decoder again to the source; x + feed_forward(norm(x))."""
 
     def __init__(self, config: T5Config, layer: int, is_decoder: bool):
         super().__init__()
@@ -158,8 +160,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, states=None, source_bias=None, cache=None) -> Tensor:
         """x (B, T, D) -> (B, T, D).
 
-        In the decoder the source comes as encoder states (B, S, D). Or, while x is one new token per
-        slot (T = 1), it comes from a decode.KVCache, which also remembers the earlier tokens.
+        In the decoder the source comes as encoder states (B, S, D). Or, while x is one new token
+        per slot (T = 1), it comes from a decode.KVCache, which also remembers the earlier tokens.
         """
         normed = self.self_attention_norm(x)
         keys, values = self.self_attention.keys_values(normed)
@@ -195,12 +197,12 @@ class Stack(nn.Module):
 
 
 def padding_bias(mask: Tensor) -> Tensor:
-    """A mask (B, S), True or 1 on real tokens -> what to add to attention scores, (B, 1, 1, S) fp32."""
+    """A mask (B, S), 1 on real tokens -> what to add to attention scores, (B, 1, 1, S) fp32."""
     return torch.where(mask.bool(), 0.0, MASKED)[:, None, None, :]
 
 
 def shift_right(labels: Tensor) -> Tensor:
-    """Decoder inputs from labels (B, T) int64: START_ID first, the last label dropped, padding -> 0.
+    """Decoder inputs from labels (B, T) int64: START_ID first, the last dropped, padding -> 0.
 
     Position t thus sees label t-1 and predicts label t: nothing downstream shifts again.
     """
@@ -222,7 +224,7 @@ class T5(nn.Module):
         self.apply(self.initialise)
 
     def initialise(self, module: nn.Module) -> None:
-        """Random start by fan-in. q is smaller by 1/sqrt(K), the factor that attention scores lack."""
+        """Random start by fan-in. q is smaller by the 1/sqrt(K) that attention scores lack."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif module is self.shared:
@@ -248,8 +250,10 @@ class T5(nn.Module):
         return stack.dropout(stack.final_norm(x))
 
     def decode(self, decoder_input_ids: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run whole targets at once: ids (B, T), their questions' states (B, S, D) and mask (B, S) ->
-        hidden states (B, T, D), ready for `lm_head`."""
+        """Run whole targets at once: ids (B, T) -> hidden states (B, T, D), ready for `lm_head`.
+
+        states (B, S, D) and attention_mask (B, S) are those of their questions.
+        """
         stack = self.decoder
         positions = torch.arange(decoder_input_ids.shape[1], device=self.device)
         distance = positions[None, :] - positions[:, None]  # (T, T)
@@ -268,7 +272,7 @@ class T5(nn.Module):
         return self.lm_head(self.decode(decoder_input_ids, states, attention_mask))
 
     def step(self, ids: Tensor, cache) -> Tensor:
-        """Write one more token in every slot of a decode.KVCache: ids (B,) int64 -> logits (B, V)."""
+        """One more token for every slot of a decode.KVCache: ids (B,) int64 -> logits (B, V)."""
         bias, source_bias = cache.advance()
         x = self.shared(ids[:, None])  # (B, 1, D)
         for block in self.decoder.blocks:
@@ -341,24 +345,17 @@ def read_config(folder: str | Path) -> T5Config:
         )
     numbers = {}
     for ours, public in PUBLIC_FIELDS.items():
-        value = fields.get(public, getattr(T5Config, ours, None))
-        if ours in ("dropout", "epsilon"):
-            valid = type(value) in (int, float) and 0 <= value < 1
-        else:
-            most = 100 if ours == "n_layers" else 10**6
-            valid = type(value) is int and 0 < value <= most
-        if not valid:
-            raise ValueError(f"{path}: {public} is {value!r}: this is no size of a model")
-        numbers[ours] = value
+        default = getattr(T5Config, ours, None)
+        numbers[ours] = read_number(path, fields, public, default)
     return T5Config(**numbers)
 
 
 def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
     """Build a T5 from a checkpoint folder in the public layout, in evaluation mode.
 
-    dtype is what the model computes in, fp32 or bf16, whatever the file stores. Every tensor must be
-    used exactly once, with the shape that config.json implies. Raises ValueError or FileNotFoundError
-    for damaged files, other architectures, missing or unknown tensors, and fp16.
+    dtype is what the model computes in, fp32 or bf16, whatever the file stores. Every tensor must
+    be used exactly once, with the shape that config.json implies. Raises ValueError or
+    FileNotFoundError for damaged files, other architectures, missing or unknown tensors, and fp16.
     """
     folder = Path(folder)
     if dtype not in (torch.float32, torch.bfloat16):
@@ -414,9 +411,8 @@ def main() -> None:
     print(f"Flan-T5 {size}: {model.config}")
     print(f"question {list(question.shape)} -> encoder states {list(states.shape)}")
     print(f"target {list(target.shape)} -> logits {list(logits.shape)}")
-    for name, part in model.named_children():
+    for name, part in [*model.named_children(), ("total", model)]:
         print(f"{name:>8}: {sum(p.numel() for p in part.parameters()):>14,} parameters")
-    print(f"{'total':>8}: {sum(p.numel() for p in model.parameters()):>14,} parameters")
 
 
 if __name__ == "__main__":

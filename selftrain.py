@@ -1,8 +1,8 @@
-"""Self-training, plain and with DPO: Algorithms 1 and 2 of the paper, and the rules on text they rest on.
+"""Self-training, plain and with DPO: Algorithms 1 and 2 of the paper, and their rules on text.
 
-First the rules (sections 3.1 and 4.2), which know no model; then the algorithms; then the stages that
-the algorithms are made of, and how their results come to stand on disk. Left out: tensors (model.py,
-decode.py, sft.py, dpo.py).
+First the rules (sections 3.1 and 4.2), which know no model; then the algorithms; then the stages
+that the algorithms are made of, and how their results come to stand on disk. Left out: tensors
+(model.py, decode.py, sft.py, dpo.py).
 
     python selftrain.py        # one question's samples -> preference pairs -> pseudo-labels
 """
@@ -29,12 +29,13 @@ from tokenizer import Tokenizer
 MAX_SIMILARITY = 0.7  # section 4.2: rationales that are more alike are duplicates
 N_PAIRS = 3  # authors' code: preference pairs kept per question
 PERCENTILE = 90  # authors' code: caps the pseudo-labels per question
+Samples = Sequence[Sequence[str]]  # rationales, question by question
 
 # ----------------------------------------------------------------------------------- rules on text
 
 
 def extract_answer(rationale: str) -> float | None:
-    """The last `#### NUMBER` as a number, None when there is none. Source: authors' code, eval_sampling.py."""
+    """The last `#### NUMBER` as a number, or None. Source: authors' code, eval_sampling.py."""
     found = re.findall(r"#+ (-?[0-9.,]+)", rationale)
     try:
         answer = float(found[-1].replace(",", ""))
@@ -58,7 +59,8 @@ def is_correct(rationale: str, answer: float | str) -> bool:
 def split_samples(rationales: Sequence[str], answer: float | str) -> tuple[list[str], list[str]]:
     """One question's samples as correct and incorrect ones, each sorted, exact duplicates dropped.
 
-    The order matters: of two similar rationales `deduplicate` keeps the first. Source: authors' code.
+    The order matters: of two similar rationales `deduplicate` keeps the first. Source: authors'
+    code.
     """
     correct, incorrect = [], []
     for rationale in sorted(set(rationales)):
@@ -100,8 +102,8 @@ def make_pairs(
     """Pair the correct with the incorrect rationales of one question; there may be none.
 
     The n_pairs least similar are kept: they teach the most about what separates right from wrong.
-    Source: section 4.2; authors' code, make_dpo_data.py, which also puts the gold rationale first among
-    the winning ones.
+    Source: section 4.2; authors' code, make_dpo_data.py, which also puts the gold rationale first
+    among the winning ones.
     """
     correct, incorrect = split_samples(rationales, problem.answer)
     gold = [problem.rationale] if problem.rationale else []
@@ -118,16 +120,16 @@ def make_pairs(
 
 def make_pseudo_labels(
     problems: Sequence[Problem],
-    samples: Sequence[Sequence[str]],
+    samples: Samples,
     tokenizer: Tokenizer,
     max_similarity: float = MAX_SIMILARITY,
     percentile: float = PERCENTILE,
 ) -> list[Problem]:
     """Turn correct rationales into training problems; samples[i] are those of problems[i].
 
-    The gold rationale, where there is one, comes first, so the result is L + S_a where U and L share
-    questions. The number kept per question is capped at a percentile of that number over the questions
-    that have any. Source: section 3.1; the cap and gold: authors' code, make_rft_data.py.
+    The gold rationale, where there is one, comes first, so the result is L + S_a where U and L
+    share questions. The number kept per question is capped at a percentile of that number over the
+    questions that have any. Source: section 3.1; the cap and gold: authors' code, make_rft_data.py.
     """
     kept = []
     for problem, rationales in zip(problems, samples, strict=True):
@@ -146,7 +148,7 @@ def make_pseudo_labels(
 
 
 def pass_at_k(n: int, n_correct: int, k: int) -> float:
-    """The chance that k of n samples, n_correct of them right, hold a right one. Source: Chen et al. (2021)."""
+    """The chance that k of n samples hold one of the n_correct right ones. Chen et al. (2021)."""
     return 1 - math.comb(n - n_correct, k) / math.comb(n, k)
 
 
@@ -163,8 +165,8 @@ def self_train(
 ) -> Path:
     """Run Algorithm 1 (method "st") or Algorithm 2 ("dpo-st"); return the folder of the last model.
 
-    labeled is L, with formatted rationales. unlabeled is U: its questions and answers are used, not its
-    rationales. config: the flags of run.py. stages: does the work.
+    labeled is L, with formatted rationales. unlabeled is U: its questions and answers are used, not
+    its rationales. config: the flags of run.py. stages: does the work.
     """
     # A question of U that L holds, too, has L's rationale: gold, to lead the correct samples.
     gold = {(problem.question, problem.answer): problem.rationale for problem in labeled}
@@ -205,10 +207,10 @@ def add_samples(drawn: list[list[str]], new: list[list[str]]) -> list[list[str]]
 
 
 class Stages:
-    """The steps of the algorithms. Each makes one file or folder, under its name in the run's folder.
+    """The steps of the algorithms. Each makes one file or folder, of its name, in the run's folder.
 
-    What is there is not made again, so the same command continues a run that was stopped. A model is
-    passed as the folder of its checkpoint. Under torchrun every process goes through all stages.
+    What is there is not made again, so the same command continues a run that was stopped. A model
+    is passed as the folder of its checkpoint. Under torchrun every process goes through all stages.
     """
 
     def __init__(
@@ -270,62 +272,63 @@ class Stages:
                 calculator=c.calculator,
                 seed=f"{c.seed}/{name}",
             )
-            n_correct = []
-            for row in rows:
-                n_correct.append(sum(is_correct(text, row["answer"]) for text in row["rationales"]))
-            passed = {"rationales": n_samples * len(rows)}
+            record = {"stage": name, "rationales": n_samples * len(rows)}
             for k in (1, n_samples):
-                chances = [pass_at_k(n_samples, correct, k) for correct in n_correct]
-                passed[f"pass@{k}"] = 100 * float(np.mean(chances))
-            self.log({"stage": name} | passed)
+                chances = [pass_at_k(n_samples, sum(row["correct"]), k) for row in rows]
+                record[f"pass@{k}"] = 100 * float(np.mean(chances))
+            self.log(record)
             finish(path, partial(write_jsonl, rows))
         return [row["rationales"] for row in read_jsonl(path)]
 
     def pairs(
-        self, name: str, problems: Sequence[Problem], samples: Sequence[Sequence[str]]
+        self, name: str, problems: Sequence[Problem], samples: Samples
     ) -> list[PreferencePair]:
         """D, from all samples drawn for it so far."""
         c = self.config
-        path = self.folder / name
-        if not finished(path):
-            rows = []
-            questions = 0
-            for problem, rationales in zip(problems, samples, strict=True):
-                pairs = make_pairs(problem, rationales, self.tokenizer, c.max_similarity, c.n_pairs)
-                rows += [asdict(pair) for pair in pairs]
-                questions += len(pairs) > 0
-            self.log({"stage": name, "kept": len(rows), "questions": questions})
-            finish(path, partial(write_jsonl, rows))
-        return [PreferencePair(**row) for row in read_jsonl(path)]
+        pairs = []
+        for problem, rationales in zip(problems, samples, strict=True):
+            pairs += make_pairs(problem, rationales, self.tokenizer, c.max_similarity, c.n_pairs)
+        self.keep(name, pairs)
+        return pairs
 
     def pseudo_labels(
-        self, name: str, problems: Sequence[Problem], samples: Sequence[Sequence[str]]
+        self, name: str, problems: Sequence[Problem], samples: Samples
     ) -> list[Problem]:
         """S_a, from all samples drawn for it so far."""
         c = self.config
+        labels = make_pseudo_labels(
+            problems, samples, self.tokenizer, c.max_similarity, c.percentile
+        )
+        self.keep(name, labels)
+        return labels
+
+    def keep(self, name: str, items: Sequence) -> None:
+        """Write pairs or labels as a file that one can open; a restart makes them anew."""
         path = self.folder / name
         if not finished(path):
-            labels = make_pseudo_labels(
-                problems, samples, self.tokenizer, c.max_similarity, c.percentile
-            )
-            questions = len({label.question for label in labels})
-            self.log({"stage": name, "kept": len(labels), "questions": questions})
-            finish(path, partial(write_jsonl, [asdict(label) for label in labels]))
-        return [Problem(**row) for row in read_jsonl(path)]
+            questions = {item.question for item in items}
+            self.log({"stage": name, "kept": len(items), "questions": len(questions)})
+            finish(path, partial(write_jsonl, map(asdict, items)))
 
     def evaluate(self, name: str, model: Path, tests: dict[str, Sequence[Problem]]) -> None:
         """Greedy rationales on every test set, and on the first one without the calculator too."""
         path = self.folder / name
-        if finished(path):
-            return
-        writer = self.load_writer(model)
-        first = next(iter(tests))
-        rows = []
-        for test, calculator in [*((test, True) for test in tests), (first, False)]:
-            written = self.write_rationales(writer, name, tests[test], calculator=calculator)
-            rows += [{"test": test, "calculator": calculator} | row for row in written]
-        self.log({"stage": name} | accuracies(rows))
-        finish(path, partial(write_jsonl, rows))
+        if not finished(path):
+            writer = self.load_writer(model)
+            rows = []
+            for test in tests:
+                rows += self.answer(writer, test, tests[test], calculator=True)
+            first = next(iter(tests))
+            rows += self.answer(writer, first, tests[first], calculator=False)
+            self.log({"stage": name} | accuracies(rows))
+            finish(path, partial(write_jsonl, rows))
+
+    def answer(
+        self, writer: T5, test: str, problems: Sequence[Problem], calculator: bool
+    ) -> list[dict]:
+        """One greedy rationale for each problem of a test set."""
+        rows = self.write_rationales(writer, test, problems, calculator=calculator)
+        return [{"test": test, "calculator": calculator} | row for row in rows]
 
     def load_writer(self, model: Path) -> T5:
         """A model that only writes: in bf16 its weights are, too."""
@@ -335,20 +338,22 @@ class Stages:
     def write_rationales(
         self, writer: T5, title: str, problems: Sequence[Problem], **options
     ) -> list[dict]:
-        """A row for each problem, written by all processes together. options: of decode.generate."""
+        """A row for each problem, written by all processes. options: of decode.generate."""
         options["max_new_tokens"] = self.config.max_new_tokens
         options["batch_size"] = self.config.decode_batch_size
         options["title"] = title if rank_and_count()[0] == 0 else None
 
         def write(share: Sequence[Problem]) -> list[dict]:
             questions = [problem.question for problem in share]
+            written = generate(writer, self.tokenizer, questions, **options)
             rows = []
-            for problem, samples in zip(
-                share, generate(writer, self.tokenizer, questions, **options)
-            ):
+            for problem, samples in zip(share, written, strict=True):
                 row = {"question": problem.question, "answer": problem.answer}
-                row["rationales"] = [sample.text for sample in samples]
-                row["finished"] = [sample.finished for sample in samples]
+                row |= {"rationales": [], "correct": [], "finished": []}
+                for sample in samples:
+                    row["rationales"].append(sample.text)
+                    row["correct"].append(is_correct(sample.text, problem.answer))
+                    row["finished"].append(sample.finished)
                 rows.append(row)
             return rows
 
@@ -382,12 +387,12 @@ def accuracies(rows: Sequence[dict]) -> dict[str, float]:
         name = row["test"]
         if not row["calculator"]:
             name += " without calculator"
-        solved.setdefault(name, []).append(is_correct(row["rationales"][0], row["answer"]))
+        solved.setdefault(name, []).append(row["correct"][0])
     return {name: 100 * sum(right) / len(right) for name, right in solved.items()}
 
 
 def finished(path: Path) -> bool:
-    """Whether a stage's result is there: what has its final name is finished. Process 0 looks for all."""
+    """Whether a stage's result has its final name: then it is finished. Process 0 looks for all."""
     return from_process_0(path.exists)
 
 
@@ -397,10 +402,7 @@ def finish(path: Path, write: Callable[[Path], None]) -> None:
     A run that is killed before that makes the stage again; one that is killed later finds it.
     """
 
-    def write_it() -> None:
-        write_beside(path, write)
-
-    from_process_0(write_it)  # the others wait
+    from_process_0(partial(write_beside, path, write))  # the others wait
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Supervised fine-tuning (paper, eq. 2), and the training loop, which dpo.py uses too.
 
 Left out: generation, preferences, early stopping, fp16 (T5 overflows in it), and restarts inside a
-training: a run that was stopped begins its last stage again (selftrain.py). What the project knows of
-several processes stands at the end of this file.
+training: a run that was stopped begins its last stage again (selftrain.py). What the project knows
+of several processes stands at the end of this file.
 
     python sft.py        # one example worked by hand
 """
@@ -70,10 +70,10 @@ def make_examples(problems: Sequence, tokenizer: Tokenizer) -> list[Example]:
 
 
 def token_logps(model: T5, states: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of every target token: states (B, S, D), mask (B, S), labels (B, T) -> (B, T) fp32.
+    """Log-probability of every target token: states (B, S, D), labels (B, T) -> (B, T) fp32.
 
-    Ignored positions give 0. The vocabulary's logits, the largest tensor of all, are only computed for
-    the N real tokens.
+    Ignored positions give 0. The vocabulary's logits, the largest tensor of all, are only computed
+    for the N real tokens.
     """
     real = labels != IGNORE  # (B, T)
     hidden = model.decode(shift_right(labels), states, attention_mask)  # (B, T, D)
@@ -96,7 +96,7 @@ def sft_loss(model: T5, examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def learning_rate(step: int, n_steps: int, schedule: Schedule) -> float:
-    """The rate of optimiser step 0 <= step < n_steps: linear warm-up to the peak, then a cosine down.
+    """The rate of step 0 <= step < n_steps: linear warm-up to the peak, then a cosine down.
 
     DIFFERS: in the authors' framework step 0 has rate 0 and so does nothing.
     """
@@ -117,7 +117,7 @@ def batches(items: Sequence, batch_size: int, seed: int) -> Iterator[list]:
 
 
 def micro_batches(batch: Sequence, max_tokens: int) -> list[list]:
-    """Cut a batch into parts of similar length: the number of items times the longest is at most max_tokens.
+    """Cut a batch into parts of similar length: items times the longest is at most max_tokens.
 
     An item that is longer than that is a part of its own.
     """
@@ -142,11 +142,11 @@ def train(
 ) -> T5:
     """Train with AdamW for n_steps optimiser steps; return the model in evaluation mode.
 
-    items have a length in tokens and a `weight`. loss_of(model, items) returns sums over the items, the
-    "loss" among them. Each is divided by the weight of the whole batch, so that, but for dropout's draw,
-    nothing depends on how the batch is cut, nor on how many processes share it.
-    Raises ValueError without items, FloatingPointError when the gradient is not finite.
-    DIFFERS: weight decay includes norms and position biases, which the authors' framework spares.
+    items have a length in tokens and a `weight`. loss_of(model, items) returns sums over the items,
+    the "loss" among them. Each is divided by the weight of the whole batch, so that, but for
+    dropout's draw, nothing depends on how the batch is cut, nor on how many processes share it.
+    Raises ValueError without items, FloatingPointError when the gradient is not finite. DIFFERS:
+    weight decay includes norms and position biases, which the authors' framework spares.
     """
     if not items:
         raise ValueError(
@@ -204,16 +204,17 @@ def train_sft(
     return train(model, examples, n_steps, sft_loss, schedule, name, log)
 
 
-# ------------------------------------------------------------------------ several processes (torchrun)
+# ---------------------------------------------------------------------- several processes
+# (torchrun)
 #
-# Every process goes through the whole program. They share the examples of a batch and the problems of
-# a sampling; process 0 alone changes files and prints.
+# Every process goes through the whole program. They share the examples of a batch and the problems
+# of a sampling; process 0 alone changes files and prints.
 
 TIMEOUT = timedelta(hours=1)  # how long one process waits for another before it gives up
 
 
 def start_processes(device: str) -> None:
-    """Meet the other processes, if torchrun has started several: over NCCL between GPUs, else over gloo."""
+    """Meet the other processes, if torchrun has started any: NCCL between GPUs, else gloo."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torchrun's word for the number of processes
         return
     if device == "cuda":
@@ -221,13 +222,11 @@ def start_processes(device: str) -> None:
         if local_rank >= torch.cuda.device_count():
             raise ValueError("there are more processes than GPUs here: lower --nproc-per-node")
         torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl", timeout=TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+    dist.init_process_group(timeout=TIMEOUT)
 
 
 def rank_and_count() -> tuple[int, int]:
-    """The number of this process, and how many there are: 0 and 1 unless torchrun has started several."""
+    """The number of this process and how many there are: 0 and 1 unless under torchrun."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -246,7 +245,7 @@ def from_process_0(make: Callable[[], object]) -> object:
 
 
 def share_work(items: Sequence, do: Callable[[Sequence], list]) -> list:
-    """do(items) -> one result per item, every process doing an equal part; all get all results, in order."""
+    """do(items) -> one result per item. Each process does an equal part, all get all, in order."""
     rank, n_processes = rank_and_count()
     done = do(items[rank::n_processes])
     if n_processes == 1:

@@ -1,7 +1,7 @@
 """Text to ids and back: SentencePiece, and the spelling of rationales (paper, section 4.1).
 
-Left out: special tokens that are written out in text, such as `<extra_id_0>`, and normalisation, which
-SentencePiece brings with its model.
+Left out: special tokens that are written out in text, such as `<extra_id_0>`, and normalisation,
+which SentencePiece brings with its model.
 
     python tokenizer.py        # a rationale in GSM8K's spelling, in T5's, and in pieces
 """
@@ -66,7 +66,7 @@ class Tokenizer:
         return self.pieces.decode([i for i in ids if EOS_ID < i < self.n_pieces])
 
     def piece(self, i: int) -> str:
-        """The text of one id as it stands inside a sentence: with a leading space where the piece has one."""
+        """The text of one id as it stands in a sentence: with a leading space where it has one."""
         if UNKNOWN_ID < i < self.n_pieces:
             return self.pieces.id_to_piece(i).replace("▁", " ")
         return ""
@@ -79,7 +79,7 @@ class Tokenizer:
 def pad_batch(
     rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", padding: int = PAD_ID
 ) -> tuple[Tensor, Tensor]:
-    """Stack rows of ids to the right-padded (B, longest) int64, with a mask of that shape: 1 on real ids."""
+    """Stack rows of ids, right-padded, to (B, longest) int64, and a mask: 1 on real ids."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), padding)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)

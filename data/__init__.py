@@ -1,1 +1,1 @@
-"""Data: `problems` and `sources` and `synthetic` problems, a run's `folder`, the files of `checkpoints`."""
+"""Problems (`problems`, `sources`, `synthetic`), a run's `folder`, the files of `checkpoints`."""

@@ -1,4 +1,4 @@
-"""The files of a checkpoint in the public layout: config.json, and the weights in one file or in shards.
+"""The files of a checkpoint in the public layout: config.json, and weights in one file or shards.
 
 Both public formats are read, .safetensors (where that package is installed) and .bin, a pickle from
 which nothing but tensors is ever built. What a damaged file makes other libraries say becomes one
@@ -40,8 +40,21 @@ def read_fields(path: Path) -> dict:
     return fields
 
 
+def read_number(path: Path, fields: dict, name: str, default: float | None) -> float:
+    """One of config.json's numbers: a probability or a tolerance below 1, or a size."""
+    value = fields.get(name, default)
+    if name in ("dropout_rate", "layer_norm_epsilon"):
+        valid = type(value) in (int, float) and 0 <= value < 1
+    else:
+        most = 100 if name == "num_layers" else 10**6
+        valid = type(value) is int and 0 < value <= most
+    if not valid:
+        raise ValueError(f"{path}: {name} is {value!r}: no model has that")
+    return value
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Find the file that holds a checkpoint's weights, or its shards. Raises FileNotFoundError, ValueError."""
+    """Find a checkpoint's weights, one file or its shards. Raises FileNotFoundError, ValueError."""
     names = [SAFETENSORS, BIN]
     if importlib.util.find_spec("safetensors") is None:
         names = [BIN]
@@ -71,9 +84,10 @@ def shards(index: Path) -> list[Path]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint by their public names, on the CPU, without running any code in it.
+    """Read all tensors of a checkpoint by their public names, without running any code in it.
 
-    Raises ValueError for a damaged file or a name that two shards hold, FileNotFoundError without weights.
+    They come on the CPU. Raises ValueError for a damaged file or a name that two shards hold,
+    FileNotFoundError where there are no weights.
     """
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
@@ -96,7 +110,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def write_checkpoint(folder: Path, fields: dict, tensors: dict[str, Tensor]) -> None:
-    """Write config.json and pytorch_model.bin; what is read before that file goes. Raises OSError."""
+    """Write config.json and pytorch_model.bin, and remove older .safetensors. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         path = Path(unfinished) / BIN

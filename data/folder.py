@@ -1,4 +1,4 @@
-"""A run's folder: what has its final name is finished, and a run is continued with its own numbers only.
+"""A run's folder: what has its final name is finished, and a run goes on with its own numbers only.
 
 Every result is written beside its place and renamed when it is whole, so a run can be killed at any
 moment; the stage it was in is made again.
@@ -41,8 +41,8 @@ def write_text(text: str, path: Path) -> None:
 def write_beside(path: Path, write: Callable[[Path], None]) -> None:
     """Let write(unfinished) make a file or a folder beside `path`, and rename it when it is whole.
 
-    So whatever has its final name is finished, whenever the process is killed. What is written has a
-    name of its own, so two runs cannot write into each other's files. Raises OSError.
+    So whatever has its final name is finished, whenever the process is killed. What is written has
+    a name of its own, so two runs cannot write into each other's files. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{path.name}.unfinished-"
@@ -61,8 +61,8 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
 def open_folder(folder: Path, config: dict, problems: object, base: Path) -> None:
     """Begin a run in its folder, or continue one, and write config.json.
 
-    Raises ValueError if the folder holds a run with other numbers, problems or base weights, or files
-    that stand where this run's would.
+    Raises ValueError if the folder holds a run with other numbers, problems or base weights, or
+    files that stand where this run's would.
     """
     path = folder / "config.json"
     config = config | {
@@ -108,7 +108,7 @@ def checksum(base: Path) -> str:
 
 
 def drop_unfinished(folder: Path) -> None:
-    """Take the lines of stages that were not finished out of log.jsonl: they will be logged again."""
+    """Take the lines of unfinished stages out of log.jsonl: they will be logged again."""
     path = folder / "log.jsonl"
     if not path.exists():
         return

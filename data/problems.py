@@ -1,8 +1,8 @@
-r"""Problems: read, check and write them. A dataset is a JSONL file, one problem a line, in one of three spellings:
+r"""Problems: read, check and write them. A dataset is a JSONL file in one of three spellings:
 
-    {"question": "...", "answer": 24, "rationale": "48/2 = <<48/2=24>>24 clips\n#### 24"}   this project's
-    {"question": "...", "answer": "48/2 = <<48/2=24>>24 clips\n#### 24"}                    GSM8K's
-    {"question": "...", "ans": 24.0}                                              MultiArith, ASDiv, SVAMP
+    {"question": "...", "answer": 24, "rationale": "48/2 = <<48/2=24>>24\n#### 24"}    ours
+    {"question": "...", "answer": "48/2 = <<48/2=24>>24\n#### 24"}                     GSM8K
+    {"question": "...", "ans": 24.0}                                     MultiArith, ASDiv, SVAMP
 
 One bad line refuses the whole file: skipping it would change the training set without a word.
 """
@@ -21,7 +21,7 @@ WORD = re.compile(r"[^\W\d_].{0,39}")  # begins with a letter: `6 apples` is mea
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its gold answer (a number or a short text), and maybe a rationale that ends in it."""
+    """A question, its gold answer (a number or a short text), maybe a rationale that ends in it."""
 
     question: str
     answer: float | str
@@ -29,7 +29,7 @@ class Problem:
 
 
 def same_answer(a: float | str, b: float | str) -> bool:
-    """Numbers are the same up to 1e-4, texts up to case, spaces, a final stop, and the form of Unicode."""
+    """Numbers are the same up to 1e-4, texts up to case, spaces, a last stop and Unicode's form."""
     if isinstance(a, str) and isinstance(b, str):
         return plain_text(a) == plain_text(b)
     if isinstance(a, str) or isinstance(b, str):
@@ -69,7 +69,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def read_lines(path: str | Path) -> list[tuple[int, dict]]:
-    """The objects of a JSONL file, each with the number of its line; empty lines are passed over."""
+    """The objects of a JSONL file, each with the number of its line; empty lines do not count."""
     path = Path(path)
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"there is no file {path}: check the path")
@@ -141,7 +141,7 @@ def to_answer(text: str) -> float | str:
         return number
     if not WORD.fullmatch(text):
         raise ValueError(
-            f"an answer must be a number such as 1,200.5, or a short text such as yes, not {text!r:.40}"
+            f"an answer must be a number such as 1,200.5 or a short text, not {text!r:.40}"
         )
     return text
 
@@ -153,7 +153,7 @@ def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-# ------------------------------------------------------------------------------- training and tests
+# ------------------------------------------------------------------------------ before training
 
 
 def check_leakage(
@@ -172,3 +172,19 @@ def check_leakage(
 
 def spelled(problem: Problem) -> str:
     return " ".join(problem.question.split()).casefold()
+
+
+def describe(problems: list[Problem], tokenizer, max_question: int, max_rationale: int) -> str:
+    """What of the training texts is cut (lengths in tokens) or lost: to be said before training."""
+    cut = long = unknown = 0
+    for problem in problems:
+        question = tokenizer.encode(problem.question)
+        rationale = tokenizer.encode(problem.rationale)
+        cut += len(question) > max_question
+        long += len(rationale) > max_rationale
+        unknown += tokenizer.pieces.unk_id() in question + rationale
+    return (
+        f"Of {len(problems)} labeled problems {cut} questions are cut at {max_question} tokens, "
+        f"{long} rationales are longer than {max_rationale}, "
+        f"{unknown} have signs that the vocabulary lacks"
+    )

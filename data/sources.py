@@ -63,8 +63,9 @@ def fetch_datasets(cache: str | Path | None = None) -> Path:
 
 
 def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
-    """Return a folder with config.json, spiece.model and weights: from this cache, the public library's
-    own, or the hub.
+    """Return a folder with config.json, spiece.model and weights.
+
+    It is this cache's, the public library's own, or fetched from the hub.
 
     Raises ValueError for an unknown size, DownloadError.
     """
@@ -77,7 +78,7 @@ def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
             return place
     host = host_of("HF_ENDPOINT", "https://huggingface.co")
     url = f"{host}/google/flan-t5-{size}/resolve/{FLAN_T5[size]}"
-    # config.json and the index have no sha256 anywhere; model.py checks every word and number in them.
+    # config.json and the index have no sha256 anywhere; model.py checks all that they say.
     download(f"{url}/config.json", folder / "config.json")
     download(f"{url}/spiece.model", folder / "spiece.model", SHA256["spiece.model"])
     for name in readable_formats():
@@ -92,7 +93,7 @@ def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
 
 
 def fetch_weights(url: str, folder: Path, name: str, size: str) -> None:
-    """Fetch the weights in one format: one file, or for xl and xxl the shards that an index lists."""
+    """Fetch the weights in one format: a file, or for xl and xxl the shards of an index."""
     paths = [folder / name]
     if size in ("xl", "xxl"):
         index = folder / f"{name}.index.json"
@@ -179,7 +180,7 @@ def not_fetched(url: str, path: Path, error: Exception) -> DownloadError:
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Fetch a file unless it is there, and check it. Raises DownloadError, and then nothing of it is kept."""
+    """Fetch and check a file unless it is there. Raises DownloadError, and keeps nothing then."""
     if path.is_file():
         return
     print(f"Fetching {url}", file=sys.stderr)
@@ -200,7 +201,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 
 
 class StopAtChecksum(urllib.request.HTTPRedirectHandler):
-    """The hub states a large file's sha256 in the reply that redirects to its storage, and only there."""
+    """The hub states a large file's sha256 only in the reply that redirects to its storage."""
 
     def redirect_request(self, request, reply, code, message, headers, url):
         if "X-Linked-ETag" in headers:
@@ -209,7 +210,7 @@ class StopAtChecksum(urllib.request.HTTPRedirectHandler):
 
 
 def stated_sha256(url: str, path: Path) -> str:
-    """The sha256 that the hub states for a large file. Raises DownloadError where it states none."""
+    """The sha256 that the hub states for a large file. Raises DownloadError if it states none."""
     request = urllib.request.Request(url, method="HEAD")
     try:
         headers = urllib.request.build_opener(StopAtChecksum).open(request, timeout=TIMEOUT).headers
@@ -225,7 +226,7 @@ def stated_sha256(url: str, path: Path) -> str:
     return checksum
 
 
-# -------------------------------------------------------------------- the three sets of other formats
+# ------------------------------------------------------------------ the three sets of other formats
 
 
 def multiarith(raw: bytes) -> list[dict]:
@@ -237,7 +238,7 @@ def multiarith(raw: bytes) -> list[dict]:
 
 
 def asdiv(raw: bytes) -> list[dict]:
-    """The 2,096 of 2,305 problems whose answer is a whole number, alone or with one unit in brackets."""
+    """The 2,096 of 2,305 problems whose answer is a whole number, alone or with one unit."""
     rows = []
     for problem in ElementTree.fromstring(raw).iter("Problem"):
         answer = re.fullmatch(r"(\d+)( \(.*\))?", problem.findtext("Answer"))

@@ -1,10 +1,10 @@
-"""Word problems made by the thousand: short stories in GSM8K's own format, for the run that downloads nothing.
+"""Word problems made by the thousand, in GSM8K's own format, for the run that downloads nothing.
 
-A story is an opening and some events. Each adds a sentence to the question and a line of arithmetic (or
-two, for "three bags of twelve") to the rationale, going on from the number reached so far. Families,
-names, objects and wordings vary, and one story in four mentions a number that has nothing to do with
-the answer. The families are told in stories.txt, which you can extend; two of them, library and
-orchard, are only ever test sets. Left out: fractions, percentages, units.
+A story is an opening and some events. Each adds a sentence to the question and a line of arithmetic
+(or two, for "three bags of twelve") to the rationale, going on from the number reached so far.
+Families, names, objects and wordings vary, and one story in four mentions a number that has nothing
+to do with the answer. The families are told in stories.txt, which you can extend; two of them,
+library and orchard, are only ever test sets. Left out: fractions, percentages, units.
 
     python -m data.synthetic        # three of them
 """
@@ -35,7 +35,7 @@ OUT_OF_DOMAIN = ("library", "orchard")
 
 @dataclass
 class Row:
-    """One opening or event of a family, as stories.txt explains; of kind "ask" it holds questions only."""
+    """One opening or event of a family (see stories.txt); of kind "ask" it holds questions only."""
 
     kind: str  # open, then, last or ask
     formulas: list[str]  # such as "n + b"
@@ -174,10 +174,10 @@ def make_problems(
     exclude: Collection[str] = (),
     families: tuple[str, ...] = IN_DOMAIN,
 ) -> list[Problem]:
-    """Make n different problems, none of whose questions is in `exclude`; the same arguments give the same.
+    """Make n different problems, no question of which is in `exclude`; a seed gives the same.
 
-    Every number of steps in `steps`, and every family, is equally frequent. Pass the questions of one
-    split as the `exclude` of the next, and the splits are disjoint.
+    Every number of steps in `steps`, and every family, is equally frequent. Pass the questions of
+    one split as the `exclude` of the next, and the splits are disjoint.
     """
     rng = random.Random(f"problems {seed}")
     problems: list[Problem] = []
@@ -190,6 +190,18 @@ def make_problems(
             problems.append(problem)
     rng.shuffle(problems)
     return problems
+
+
+def make_datasets(
+    n_labeled: int, n_unlabeled: int, n_test: int, seed: int
+) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
+    """L, U and the test sets of a run: no question is in two of them."""
+    train = make_problems(n_labeled + n_unlabeled, seed=f"run {seed}")
+    seen = {problem.question for problem in train}
+    tests = {"held-out": make_problems(n_test, TEST_SEED, exclude=seen)}
+    for family in OUT_OF_DOMAIN:
+        tests[family] = make_problems(max(1, n_test // 4), TEST_SEED, families=(family,))
+    return train[:n_labeled], train[n_labeled:], tests
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Exercises: a copy of this project in which one function is yours to write, and the tests that grade it.
 
-    python -m tests.exercise                 # the list
-    python -m tests.exercise 7 ~/dpo         # exercise 7 in a new folder; nothing is changed here
+python -m tests.exercise                 # the list
+python -m tests.exercise 7 ~/dpo         # exercise 7 in a new folder; nothing is changed here
 """
 
 import argparse
@@ -30,70 +30,189 @@ class Exercise:
 
 EXERCISES = [
     Exercise(
-        "Relative position buckets", "Raffel et al. (2020), section 2.1; the docstring", "model.py", ("relative_position_bucket",),
-        "tests/test_model.py -k buckets", "Half of the buckets are exact. For the others, at which distance does the logarithm reach the last?",
-        "model.Stack.position_bias: one table for all blocks. What would a model with absolute positions lose in decode.KVCache?"),
+        title="Relative position buckets",
+        read="Raffel et al. (2020), section 2.1; the docstring",
+        file="model.py",
+        empty=("relative_position_bucket",),
+        tests="tests/test_model.py -k buckets",
+        hint="Half of the buckets are exact. At which distance does the logarithm reach the last?",
+        after="model.Stack.position_bias: one table for all blocks. What would a model with absolute "
+        "positions lose in decode.KVCache?",
+    ),
     Exercise(
-        "RMSNorm, and why no mean", "Zhang and Sennrich (2019); RMSNorm's docstring", "model.py", ("RMSNorm.forward",),
-        "tests/test_model.py -k norm", "x / sqrt(mean(x^2) + eps) * weight, in fp32 whatever x is.",
-        "Subtract the mean, too: which tests of tests/test_model.py turn red, and by how much do the logits move?"),
+        title="RMSNorm, and why no mean",
+        read="Zhang and Sennrich (2019); RMSNorm's docstring",
+        file="model.py",
+        empty=("RMSNorm.forward",),
+        tests="tests/test_model.py -k norm",
+        hint="Compute in fp32, whatever x is: x.float().pow(2).mean(-1, keepdim=True).",
+        after="Subtract the mean, too: which tests of tests/test_model.py turn red?",
+    ),
     Exercise(
-        "The key-value cache", "the paper's section 3.2; the docstring of KVCache", "decode.py", ("KVCache.advance", "KVCache.append"),
-        "tests/test_model.py -k 'cached or ring'", "Place t % size is written at step t. How old is place p now, and when was this slot's sequence born?",
-        "tests/naive.py, the decoder without a cache: how do both compare at 10, 50 and 100 tokens?", "2 hours"),
+        title="The key-value cache",
+        read="the paper's section 3.2; the docstring of KVCache",
+        file="decode.py",
+        empty=("KVCache.advance", "KVCache.append"),
+        tests="tests/test_model.py -k 'cached or idle or without_work'",
+        hint="Slot b writes to column lengths[b]. How old is column t then, and whose is it?",
+        after="tests/naive.py, the decoder without a cache: how do both compare at 10, 50, 100 tokens? "
+        "T5 knows distances only: why could all slots share one clock and one row of bias?",
+        time="2 hours",
+    ),
     Exercise(
-        "The calculator's grammar", "calculate's docstring", "calculator.py", ("evaluate", "read_factor"),
-        "tests/test_calculator.py", "An operator takes everything to its right that binds more strongly than itself, and nothing else.",
-        "Why not eval? Write the five worst expressions that a model could write, and try them.", "2 hours"),
+        title="The calculator's grammar",
+        read="calculate's docstring",
+        file="calculator.py",
+        empty=("read_sum", "read_product", "read_factor"),
+        tests="tests/test_calculator.py",
+        hint="Three functions, one for each line of the grammar; each takes its tokens from the left.",
+        after="Why not eval? Write the five worst expressions that a model could write, and try them.",
+        time="2 hours",
+    ),
     Exercise(
-        "Rewriting tokens in a batch", "section 3.2 and figure 4 of the paper", "decode.py", ("RowState.take", "RowState.watch"),
-        "tests/test_decode.py -k 'forced or row_that_asked or bracket or tenant_inherits'",
-        "A row's next id comes from its queue unless that is empty. Only pieces that the model chose can open or close a bracket.",
-        "python -m tests.bench.decode --quick: what does the calculator cost a step, and what does re-reading every row cost?", "2 hours"),
+        title="Rewriting tokens in a batch",
+        read="section 3.2 and figure 4 of the paper",
+        file="decode.py",
+        empty=("RowState.take", "RowState.watch"),
+        tests="tests/test_decode.py -k 'forced or row_that_asked or bracket or tenant_inherits'",
+        hint="A row's next id comes from its queue unless that is empty. Only pieces that the model "
+        "chose can open or close a bracket.",
+        after="python -m tests.bench.decode --quick --cases 5: what does the calculator cost a step, "
+        "and what does re-reading every row cost?",
+        time="2 hours",
+    ),
     Exercise(
-        "The SFT loss with padding", "eq. 2 of the paper", "sft.py", ("token_logps",),
-        "tests/test_sft.py -k 'loss or logps or eos'", "shift_right has shifted the inputs already: position t predicts labels[t].",
-        "test_padding_meets_no_matrix: how much of a batch of GSM8K is padding?"),
+        title="The SFT loss with padding",
+        read="eq. 2 of the paper",
+        file="sft.py",
+        empty=("token_logps",),
+        tests="tests/test_sft.py -k 'loss or logps or eos or vocabulary'",
+        hint="shift_right has shifted the inputs already: position t predicts labels[t].",
+        after="test_the_vocabulary_meets_real_tokens_only: how large would the logits of padding be?",
+    ),
     Exercise(
-        "The DPO loss and its gradient", "eq. 5 of the paper; Rafailov et al. (2023), section 4", "dpo.py", ("dpo_loss",),
-        "tests/test_dpo.py -k 'hand or equation or margins or raises_chosen'", "F.logsigmoid; log(sigmoid(x)) is -inf for x = -200.",
-        "Derive the gradient on paper: with which weight does a pair count that is in the right order already?"),
+        title="The DPO loss and its gradient",
+        read="eq. 5 of the paper; Rafailov et al. (2023), section 4",
+        file="dpo.py",
+        empty=("dpo_loss",),
+        tests="tests/test_dpo.py -k 'hand or equation or margins or raises_chosen'",
+        hint="F.logsigmoid; log(sigmoid(x)) is -inf for x = -200.",
+        after="Derive the gradient on paper: with which weight does a pair count that is in the right "
+        "order already?",
+    ),
     Exercise(
-        "Log-probabilities of policy and reference", "section 2 of the paper", "dpo.py", ("sequence_logps", "add_reference_logps"),
-        "tests/test_dpo.py -k 'logps or encoded_once or references or reference or log_two'",
-        "A sum, not a mean. And the reference never changes: score it once, without dropout, and keep the numbers.",
-        "Use a mean instead: which rationales does the loss then favour?", "2 hours"),
+        title="Log-probabilities of policy and reference",
+        read="section 2 of the paper",
+        file="dpo.py",
+        empty=("sequence_logps", "pair_loss"),
+        tests="tests/test_dpo.py -k 'logps or encoded_once or reference or log_two'",
+        hint="A sum, not a mean. And the reference is another model, which gets no gradient.",
+        after="Use a mean instead: what does one wrong token then cost in a long rationale?",
+        time="2 hours",
+    ),
     Exercise(
-        "Deduplication by Jaccard similarity", "section 3.1 of the paper", "selftrain.py", ("jaccard", "deduplicate"),
-        "tests/test_selftrain.py -k 'jaccard or similar or deduplication or copies'", "Compare with every one kept, with none that was dropped.",
-        "python run.py --max-similarity 0.5 --out runs/similar, and 1: how many pseudo-labels does log.jsonl count?"),
+        title="Deduplication by Jaccard similarity",
+        read="section 3.1 of the paper",
+        file="selftrain.py",
+        empty=("jaccard", "deduplicate"),
+        tests="tests/test_selftrain.py -k 'jaccard or similar or deduplication or copies'",
+        hint="Compare with every one kept, with none that was dropped.",
+        after="python run.py --max-similarity 0.5 --out runs/similar, and 1: how many pseudo-labels "
+        "does log.jsonl count?",
+    ),
     Exercise(
-        "Preference pairs", "section 4.2 of the paper", "selftrain.py", ("make_pairs",),
-        "tests/test_selftrain.py -k 'pair and not round'", "Gold first among the winning ones. Rank all pairs, keep the least similar.",
-        "Keep the MOST similar pairs instead, and compare the curves of DPO.", "2 hours"),
+        title="Preference pairs",
+        read="section 4.2 of the paper",
+        file="selftrain.py",
+        empty=("make_pairs",),
+        tests="tests/test_selftrain.py -k 'pair and not round'",
+        hint="Gold first among the winning ones. Rank all pairs, keep the least similar.",
+        after="Keep the MOST similar pairs instead, and compare the curves of DPO.",
+        time="2 hours",
+    ),
     Exercise(
-        "pass@k without bias", "Chen et al. (2021), eq. 1", "selftrain.py", ("pass_at_k",),
-        "tests/test_selftrain.py -k pass_at_k", "In how many ways can k samples be drawn so that all are wrong?",
-        "The paper's figure 6 from a run of your own: python run.py, then python -m tests.bench.report runs/tiny-seed-42"),
+        title="pass@k without bias",
+        read="Chen et al. (2021), eq. 1",
+        file="selftrain.py",
+        empty=("pass_at_k",),
+        tests="tests/test_selftrain.py -k pass_at_k",
+        hint="In how many ways can k samples be drawn so that all are wrong?",
+        after="The paper's figure 6 from a run of your own: python run.py, then "
+        "python -m tests.bench.report runs/tiny-seed-42",
+    ),
     Exercise(
-        "Algorithm 2 from Algorithm 1", "Algorithms 1 and 2 of the paper", "selftrain.py", ("self_train:if",),
-        "tests/test_selftrain.py -k 'algorithm or add_up or given_all or names or never_used'", "Four lines. Who writes the pseudo-labels, f' or f_d?",
-        "Let DPO go on from the last round's f_d instead of f': does it help?"),
+        title="Algorithm 2 from Algorithm 1",
+        read="Algorithms 1 and 2 of the paper",
+        file="selftrain.py",
+        empty=("self_train:if",),
+        tests="tests/test_selftrain.py -k 'algorithm or add_up or given_all or names or never_used'",
+        hint="Six lines. Who writes the pseudo-labels, f' or f_d?",
+        after="Let DPO go on from the last round's f_d instead of f': does it help?",
+    ),
     Exercise(
-        "Open: IPO or KTO in place of DPO", "Azar et al. (2023); Ethayarajh et al. (2024)", "dpo.py", (),
-        "tests/test_dpo.py -k 'logps or references or encoded_once'",
-        "Begin with IPO: (margin of log-ratios - 1/(2 beta))^2 in dpo_loss; what is tested about log 2 and eq. 5 then rightly turns red.",
-        "python -m tests.bench.report on five seeds of each: is the difference larger than its interval?", "an afternoon"),
+        title="Open: IPO or KTO in place of DPO",
+        read="Azar et al. (2023); Ethayarajh et al. (2024)",
+        file="dpo.py",
+        empty=(),
+        tests="tests/test_dpo.py -k 'logps or reference_gets or encoded_once'",
+        hint="Begin with IPO: (margin of log-ratios - 1/(2 beta))^2 in dpo_loss; what is tested about "
+        "log 2 and eq. 5 then rightly turns red.",
+        after="python -m tests.bench.report on five seeds of each: is the difference larger than its "
+        "interval?",
+        time="an afternoon",
+    ),
     Exercise(
-        "Open: a majority vote as answer where U has none", "Wang et al. (2023), self-consistency", "selftrain.py", (),
-        "tests/test_selftrain.py -k 'pair or label or round'",
-        "In self_train, once samples are drawn: extract_answer, Counter.most_common, then replace(problem, answer=...) in unlabeled.",
-        "How often is the majority right, and how often is it right where fewer than half agree?", "an afternoon"),
+        title="Open: a majority vote as answer where U has none",
+        read="Wang et al. (2023), self-consistency",
+        file="selftrain.py",
+        empty=(),
+        tests="tests/test_selftrain.py -k 'pair or label or round'",
+        hint="In self_train, once samples are drawn: extract_answer, Counter.most_common, then "
+        "replace(problem, answer=...) in unlabeled.",
+        after="How often is the majority right, and how often where fewer than half agree?",
+        time="an afternoon",
+    ),
     Exercise(
-        "Open: another tool than the calculator", "Schick et al. (2023), Toolformer", "decode.py", (),
-        "tests/test_decode.py", "RowState.watch decides what a bracket calls. A date? A unit? A table?",
-        "What must the training texts hold for the model to call it?", "an afternoon"),
-]  # fmt: skip
+        title="Open: another tool than the calculator",
+        read="Schick et al. (2023), Toolformer",
+        file="decode.py",
+        empty=(),
+        tests="tests/test_decode.py",
+        hint="RowState.watch decides what a bracket calls. A date? A unit? A table?",
+        after="What must the training texts hold for the model to call it?",
+        time="an afternoon",
+    ),
+    Exercise(
+        title="Open: let samples vote on an answer",
+        read="Wang et al. (2023), self-consistency; table 3 of the paper",
+        file="decode.py",
+        empty=(),
+        tests="tests/test_decode.py",
+        hint="decode.main with --samples N: generate(..., n_samples, 0.7), extract_answer, Counter.",
+        after="With how many samples does voting beat the greedy rationale on held-out problems?",
+        time="2 hours",
+    ),
+    Exercise(
+        title="Open: hold some pairs out of DPO",
+        read="README, How to read the log of DPO",
+        file="dpo.py",
+        empty=(),
+        tests="tests/test_dpo.py",
+        hint="Split by question, not by pair. pair_loss under no_grad, at every logged step.",
+        after="When do the held-out rewards part from the training pairs'?",
+        time="2 hours",
+    ),
+    Exercise(
+        title="Open: train a model that does not fit on one GPU",
+        read="torch's documentation of fully_shard",
+        file="sft.py",
+        empty=(),
+        tests="tests/test_sft.py",
+        hint="Shard every block, then the model; the all-reduce goes, and saving must gather.",
+        after="How much of 16 bytes per parameter is left on each of two processes?",
+        time="an afternoon",
+    ),
+]
 
 
 def empty(source: str, target: str, number: int) -> str:
@@ -110,12 +229,23 @@ def empty(source: str, target: str, number: int) -> str:
         nodes = nodes[1:]
     lines, first, last = source.splitlines(), nodes[0], nodes[-1]
     message = f'raise NotImplementedError("exercise {number}: {path} is yours to write")'
-    return "\n".join([*lines[: first.lineno - 1], " " * first.col_offset + message, *lines[last.end_lineno :]]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines[: first.lineno - 1],
+                " " * first.col_offset + message,
+                *lines[last.end_lineno :],
+            ]
+        )
+        + "\n"
+    )
 
 
 def copy(folder: Path) -> None:
     """Copy the project, without runs and caches, to a folder that does not exist yet. Raises FileExistsError."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.partial"))
+    shutil.copytree(
+        ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.partial")
+    )
 
 
 def prepare(number: int, folder: Path) -> Exercise:
@@ -129,12 +259,24 @@ def prepare(number: int, folder: Path) -> Exercise:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("number", type=int, nargs="?", choices=range(1, len(EXERCISES) + 1), metavar="NUMBER")
-    parser.add_argument("folder", type=Path, nargs="?", help="a new one; default: exercise-NUMBER beside this project")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "number", type=int, nargs="?", choices=range(1, len(EXERCISES) + 1), metavar="NUMBER"
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        help="a new one; default: exercise-NUMBER beside this project",
+    )
     args = parser.parse_args()
     if args.number is None:
-        return print(*(f"{n:2}  {e.title} ({e.file}, {e.time})" for n, e in enumerate(EXERCISES, 1)), sep="\n")
+        return print(
+            *(f"{n:2}  {e.title} ({e.file}, {e.time})" for n, e in enumerate(EXERCISES, 1)),
+            sep="\n",
+        )
     folder = (args.folder or ROOT.parent / f"exercise-{args.number}").expanduser()
     if folder.exists() or ROOT in folder.resolve().parents:
         where = "exists already" if folder.exists() else "lies inside this project"
@@ -143,9 +285,17 @@ def main() -> None:
         exercise = prepare(args.number, folder)
     except OSError as error:
         sys.exit(f"exercise: {folder} cannot be made ({error}): name another folder")
-    what = f"write    {', '.join(exercise.empty)} in {folder / exercise.file}" if exercise.empty else f"change   {folder / exercise.file}"
-    print(f"Exercise {args.number}: {exercise.title} ({exercise.time})\nread     {exercise.read}\n{what}")
-    print(f"grade    cd {folder} && python -m pytest -q {exercise.tests}      # pip install -r requirements-test.txt, once")
+    what = (
+        f"write    {', '.join(exercise.empty)} in {folder / exercise.file}"
+        if exercise.empty
+        else f"change   {folder / exercise.file}"
+    )
+    print(
+        f"Exercise {args.number}: {exercise.title} ({exercise.time})\nread     {exercise.read}\n{what}"
+    )
+    print(
+        f"grade    cd {folder} && python -m pytest -q {exercise.tests}      # pip install -r requirements-test.txt, once"
+    )
     print(f"hint     {exercise.hint}\nthen     {exercise.after}")
 
 

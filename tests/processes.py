@@ -1,64 +1,59 @@
 """What one of several processes does in tests/test_processes.py: each kind of work once, from one checkpoint.
 
-    torchrun --nproc-per-node 2 tests/processes.py BASE OUT [--shard]
+torchrun --nproc-per-node 2 tests/processes.py BASE OUT
 """
 
 import json
-import os
 import sys
-import time
 from dataclasses import replace
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import selftrain
-from data.folder import RunFolder
-from data.problems import write_jsonl
 from data.synthetic import make_problems
 from dpo import PreferencePair
-from run import Config
-from sft import deal, place
+from run import parse_args
+from selftrain import Stages
+from sft import from_process_0, rank_and_count, share_work, start_processes
 from tokenizer import Tokenizer, format_rationale
 
-CONFIG = Config(
-    sft_epochs=3, sft_learning_rate=1e-3, sft_batch_size=10, dpo_steps=5, dpo_learning_rate=1e-4, dpo_batch_size=10,
-    beta=0.5, held_out=0.2, temperature=1.5, max_new_tokens=40, micro_batch_tokens=400, decode_batch_size=8, log_every=1,
-)  # fmt: skip
+CONFIG = parse_args(
+    "--sft-epochs 3 --sft-learning-rate 1e-3 --sft-batch-size 10 --dpo-steps 5 --dpo-learning-rate 1e-4 "
+    "--dpo-batch-size 10 --beta 0.5 --temperature 1.5 --max-new-tokens 40 --micro-batch-tokens 400 "
+    "--decode-batch-size 8 --log-every 1 --device cpu".split()
+)
 
 
 def main() -> None:
     base, out = map(Path, sys.argv[1:3])
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    selftrain.PART["cpu"] = 20  # several parts for every process, and not the same number
+    start_processes("cpu")
+    rank, n_processes = rank_and_count()
     logs = []
-    folder = RunFolder(out)
-    deal([0], lambda _: folder.open({}))
-    config = replace(CONFIG, shard="--shard" in sys.argv)
-    stages = selftrain.Stages(base, Tokenizer(base), config, folder, logs.append)
-    problems = [replace(p, rationale=format_rationale(p.rationale)) for p in make_problems(31, seed=0)]
-    pairs = [PreferencePair(p.question, p.rationale, q.rationale) for p, q in zip(problems, problems[1:])]
-    stages.sft("sft", problems)  # 31 in batches of 10: the last batch of an epoch has one example, so one piece
+    stages = Stages(base, Tokenizer(base), CONFIG, out, logs.append)
+    problems = [replace(p, rationale=format_rationale(p.rationale)) for p in make_problems(31, 0)]
+    # 31 examples in batches of 10: the last batch of an epoch has one, so all processes but one none.
+    stages.sft("sft", problems)
+    pairs = []
+    for problem, other in zip(problems, problems[1:], strict=False):
+        pairs.append(PreferencePair(problem.question, problem.rationale, other.rationale))
     stages.dpo("dpo", base, pairs)
-    # As after a kill between the last part of some rows and their joining, with all processes but one slow to look.
-    deal([0], lambda _: [folder.write(f"killed.parts/{i:04}-of-0003.jsonl", partial(write_jsonl, [{"row": i}])) for i in range(3)])
-    find = folder.find
-    folder.find = (lambda name: (time.sleep(0.5), find(name))[1]) if place()[0] else find
-    assert stages.keep_rows("killed", range(3), None, lambda rows: {"rows": len(rows)}) == [{"row": i} for i in range(3)]
-    folder.find = find
-    known = make_problems(31, seed=1, steps=(1,))  # what the bundled checkpoint has learned to answer at length
-    stages.sample("samples", base, known, 3)
-    stages.evaluate("evaluation", base, {"even": known[:20], "uneven": known[:3]})
-    if place()[0] == 0:
+    known = make_problems(31, seed=1, steps=(1,))  # what the bundled checkpoint answers at length
+    stages.sample("samples.jsonl", base, known, 3)
+    stages.evaluate(
+        "evaluation.jsonl", base, {"even": known[:20], "fewer than processes": known[:3]}
+    )
+    for n in range(6):
+        shared = share_work(list(range(n)), lambda items: [(item, rank) for item in items])
+        assert shared == [(item, item % n_processes) for item in range(n)]
+    assert from_process_0(lambda: rank) == 0
+    if rank == 0:
         (out / "logs.json").write_text(json.dumps(logs))
-    os._exit(0)  # as run.py does
+    if n_processes > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -282,17 +282,11 @@ def test_the_first_of_two_similar_samples_in_the_order_of_strings_stays():
 
 def test_accuracy_is_in_percent_of_the_problems():
     """The table stands beside the paper's, which are percentages; with and without calculator are two results."""
-    row = lambda test, calculator, text: {
-        "test": test,
-        "calculator": calculator,
-        "answer": 5.0,
-        "rationales": [text],
-    }
     rows = [
-        row("a", True, "#### 5"),
-        row("a", True, "nothing"),
-        row("b", True, "#### 5.0"),
-        row("a", False, "#### 6"),
+        {"test": "a", "calculator": True, "correct": [True]},
+        {"test": "a", "calculator": True, "correct": [False]},
+        {"test": "b", "calculator": True, "correct": [True, False]},
+        {"test": "a", "calculator": False, "correct": [False]},
     ]
     assert accuracies(rows) == {"a": 50.0, "b": 100.0, "a without calculator": 0.0}
 
@@ -343,7 +337,7 @@ def test_similarity_counts_each_piece_once():
 def test_the_gold_rationale_outlives_its_copies():
     """Whatever the model samples, the human rationale stands first, so that L is never diluted by paraphrases of itself."""
     problem = Problem("q", 5.0, "one two three four five #### 5")
-    copies = ["one two three four six #### 5", problem.rationale, "other words #### 5"]
+    copies = ["one two three four also #### 5", problem.rationale, "other words #### 5"]
     labels = make_pseudo_labels([problem], [copies], WORDS)
     assert [label.rationale for label in labels] == [problem.rationale, "other words #### 5"]
     pairs = make_pairs(problem, [*copies, "no"], WORDS)

@@ -1,564 +1,516 @@
-"""Decoding speed against transformers' `generate` and CTranslate2: same questions, weights, threads; turns taken.
+"""Decoding speed beside transformers' `generate`: the same weights, questions and threads, in turns.
 
-    python -m tests.bench.decode [--quick] [--cases 1 2 ...] [--vocabulary DIR] [--questions FILE] [--checkpoint DIR]
-    python -m tests.bench.decode --cases 7 ...      # in bf16 on a CPU, where that has instructions for it
-    python -m tests.bench.decode --device cuda [--sizes base large] [--batches 32 96 256 512] ...      # case 9, in bf16
+    python -m tests.bench.decode [--quick] [--cases 1 2 ...] [--repeats N] [--threads N]
+    python -m tests.bench.decode --vocabulary DIR --questions gsm8k/test.jsonl --checkpoint DIR
+    python -m tests.bench.decode --figure FILE.svg      # speed as batches and rationales grow
+    python -m tests.bench.decode --device cuda --sizes base large --batches 32 96 256      # case 9
 
-Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model, GSM8K's test.jsonl,
-and for case 8 a checkpoint that writes rationales. Weights are random otherwise, for speed does not depend on them.
-Figures are medians; in brackets the smallest and largest ratio of two neighbouring runs. A peer that is not installed
-is left out, and said so.
+Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model,
+GSM8K's test.jsonl and, for case 7, a checkpoint that writes rationales. Other weights are random, for
+speed does not depend on them. All but case 9 is in fp32, and denormals are flushed on both sides.
+
+Figures are medians. A ratio above 1 says that ours is the faster or the smaller one; in brackets stand
+the smallest and the largest ratio of two neighbouring turns.
 """
 
 import argparse
-import itertools
 import os
 import platform
 import re
-import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import torch
+import transformers
+from torch import Tensor
 
+import decode
 from calculator import calculate
 from data.problems import Problem, load_problems
 from data.synthetic import make_problems
-from decode import KVCache, RowState, generate
-from model import SIZES, T5, Linear, decoding, load_flan_t5, save_flan_t5
-from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, format_rationale, pad_batch
+from decode import TOP_K, KVCache, RowState, Sample, encode_questions, generate, record_step
+from model import SIZES, START_ID, T5, load_flan_t5, save_flan_t5
+from tokenizer import EOS_ID, MAX_QUESTION, MAX_RATIONALE, Tokenizer, format_rationale, pad_batch
 
-try:
-    import transformers
-except ModuleNotFoundError:
-    transformers = None
 try:
     import ctranslate2
     import google.protobuf  # noqa: F401 (its converter reads the vocabulary with this)
 except ModuleNotFoundError:
     ctranslate2 = None
 
-PEERS = ("transformers", "CTranslate2")
 TINY = Path(__file__).parents[2] / "data" / "tiny"
+CASES = (
+    "1 batch 32, 2 batch 1, 3 gold rationales, 4 five samples, 5 the calculator's cost, 6 base, "
+    "7 a checkpoint's texts, 8 memory, 9 ms a step in bf16 (default: 1 to 8; on a GPU 9)"
+)
 
 
-# ------------------------------------------------------------------------------------------------------------ the peer
-
-
-class ReReadingCalculator:
-    """The calculator as the paper describes it for `generate`: at every step the text of every row is read again."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.queues, self.seconds, self.steps = tokenizer, {}, 0.0, 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        began = time.perf_counter()
-        for row, ids in enumerate(input_ids[:, 1:].tolist()):
-            if not self.queues.get(row):
-                text = "".join(map(self.tokenizer.piece, ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids))
-                found = re.search(r"\[([^\[\]=]*)=$", text)
-                result = calculate(found[1]) if found and EOS_ID not in ids else None
-                self.queues[row] = self.tokenizer.encode(f"{result}]")[:-1] if result is not None else []
-            if self.queues[row]:
-                forced = self.queues[row].pop(0)
-                scores[row] = -torch.inf
-                scores[row, forced] = 0
-        self.seconds += time.perf_counter() - began
-        self.steps += 1
-        return scores
+# ----------------------------------------------------------------------------------------- scripts
 
 
 class Script:
-    """Give all the score to the next id of a script, one per row: every system then writes the same text."""
+    """For transformers: the next id of each row's script gets the largest score."""
 
     def __init__(self, scripts: list[list[int]]):
         self.scripts = scripts
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        at = input_ids.shape[1] - 1
-        ids = [script[at] if at < len(script) else EOS_ID for script in self.scripts]
-        return torch.full_like(scores, -torch.inf).scatter_(1, torch.tensor(ids)[:, None], 0.0)
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        n_written = input_ids.shape[1] - 1
+        for row, script in enumerate(self.scripts):
+            next_id = script[n_written] if n_written < len(script) else EOS_ID
+            scores[row, next_id] = torch.inf
+        return scores
+
+
+@contextmanager
+def scripted(scripts: dict[str, list[int]]):
+    """For ours: the noise of a position spells the id that the question's script has there.
+
+    The model's own choice is made all the same, so that its time counts, and thrown away.
+    """
+    real_choice = decode.sample_next_token
+
+    def noise(seed: int, question: str, number: int, n: int) -> list[float]:
+        script = (scripts[question] + [EOS_ID] * n)[:n]
+        return [i / 2**15 for i in script]  # exact in fp32, and below 1
+
+    def choose(logits: Tensor, temperature: float, top_k: int, noise: Tensor) -> Tensor:
+        real_choice(logits, temperature, top_k, noise)
+        return (noise * 2**15).long()
+
+    with mock.patch.multiple(decode, uniform_noise=noise, sample_next_token=choose):
+        yield
+
+
+def gold_scripts(problems: list[Problem], tokenizer: Tokenizer, n: int) -> dict[str, list[int]]:
+    """The ids of n gold rationales, by question, in which the calculator would change nothing."""
+    scripts: dict[str, list[int]] = {}
+    for problem in problems:
+        ids = tokenizer.encode(format_rationale(problem.rationale), MAX_RATIONALE)
+        row = RowState(tokenizer, True, Sample(), [])
+        for i in ids:
+            row.take(i)
+        if row.sample.ids == ids[:-1] and len(scripts) < n:
+            scripts[problem.question] = ids
+    return scripts
+
+
+# --------------------------------------------------------------------------------------- the peers
+
+
+class ReReadingCalculator:
+    """The authors' way of a calculator: at every step the whole text of every row is read again."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.queues: dict[int, list[int]] = {}  # by row: ids that still have to be written
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, ids in enumerate(input_ids[:, 1:].tolist()):
+            if EOS_ID in ids:
+                continue
+            if not self.queues.get(row):
+                text = "".join(self.tokenizer.piece(i) for i in ids)
+                found = re.search(r"\[([^\[\]=]*)=$", text)
+                result = calculate(found[1]) if found else None
+                if result is not None:
+                    self.queues[row] = self.tokenizer.encode(f"{result}]")[:-1]  # without EOS
+            if self.queues.get(row):
+                scores[row] = -torch.inf
+                scores[row, self.queues[row].pop(0)] = 0
+        return scores
 
 
 def load_peer(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """The checkpoint in transformers' hands, None where that is not installed."""
-    return transformers and transformers.T5ForConditionalGeneration.from_pretrained(folder).to(device, dtype).eval()
+    """The checkpoint in transformers' hands."""
+    model = transformers.T5ForConditionalGeneration.from_pretrained(folder)
+    return model.to(device, dtype).eval()
 
 
-# ------------------------------------------------------------------------------------------------------- the measuring
+def load_ctranslate2(folder: Path, vocabulary: Path, n_threads: int):
+    """The checkpoint in CTranslate2's hands, None where that is not installed."""
+    if ctranslate2 is None:
+        return None
+    tokenizer = transformers.T5Tokenizer(str(vocabulary / "spiece.model"), legacy=True)
+    tokenizer.save_pretrained(folder)
+    converted = f"{folder}-converted"
+    ctranslate2.converters.TransformersConverter(str(folder)).convert(converted)
+    threads = {"inter_threads": 1, "intra_threads": n_threads}
+    return ctranslate2.Translator(converted, compute_type="float32", **threads)
 
 
-def take_turns(systems: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Run each system once, then again in the same order, repeats times: seconds by system."""
-    seconds = {name: [] for name in systems}
-    for _ in range(repeats):
-        for name, run in systems.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def show(label: str, tokens: int, seconds: dict[str, list[float]], floor: float | None = None, peers: tuple = PEERS) -> None:
-    """Print one row of the table: our speed, how many times faster that is than each peer, and the floor's share."""
-    cells = [label, f"{tokens / statistics.median(seconds['ours']):,.0f}"]
-    for peer in peers:
-        ratios = [theirs / own for own, theirs in zip(seconds["ours"], seconds.get(peer, []))]
-        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
-    if peers is PEERS:
-        cells.append(f"{100 * floor / statistics.median(seconds['ours']):.0f} %" if floor else "")
-    print(f"| {' | '.join(cells)} |", flush=True)
-
-
-def ceilings(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[float, float]:
-    """This machine's numbers: floating-point operations and bytes read per second, with the threads or the GPU at hand."""
-    wide = 1024 if device == "cpu" else 8192
-    x, weight = torch.randn(2 * wide, wide, dtype=dtype, device=device), Linear(wide, wide).to(device, dtype)
-    memory = torch.randn(2**26 if device == "cpu" else 2**30, dtype=dtype, device=device)
-    ready = (lambda: None) if device == "cpu" else torch.cuda.synchronize
-    with torch.inference_mode(), decoding(weight):
-        operations = statistics.median(take_turns({"": lambda: (weight(x), ready())}, 20)[""])
-        reading = statistics.median(take_turns({"": lambda: (memory.sum(), ready())}, 10)[""])
-    return 2 * x.numel() * wide / operations, memory.nbytes / reading
-
-
-class Floor:
-    """The least time for some generation: the larger of operations / ceiling and bytes / ceiling, step by step.
-
-    Counted are the products with the weights and with keys and values, and the reading of weights, keys and values
-    without padding. One slot's step at age t reads t + S positions of keys and values.
-    """
-
-    def __init__(self, model: T5):
-        c = model.config
-        self.flops, self.bandwidth = ceilings(model.shared.weight.dtype, model.device.type)
-        self.itemsize = model.shared.weight.itemsize
-        cross = 2 * c.n_layers * c.d_model * c.n_heads * c.d_kv  # the matrices of its keys and values: once per question
-        self.decoder = sum(p.numel() for part in (model.decoder, model.lm_head) for p in part.parameters()) - cross
-        self.encoder = sum(p.numel() for p in model.encoder.parameters()) + cross
-        self.position = 2 * c.n_layers * c.n_heads * c.d_kv  # numbers of keys and values per position
-
-    def seconds(self, sources: list[int], lengths: list[int], slots: int, n_samples: int = 1) -> float:
-        """sources: tokens of each question; lengths: of each rationale, n_samples for each question; slots: at a time."""
-        steps = max(max(lengths), sum(lengths) / slots)
-        positions = sum(length * (length / 2 + source) for source, length in zip(sources * n_samples, lengths, strict=True))
-        operations = 2 * (sum(lengths) * self.decoder + positions * self.position)
-        numbers = steps * self.decoder + positions * self.position
-        return 2 * sum(sources) * self.encoder / self.flops + max(operations / self.flops, self.itemsize * numbers / self.bandwidth)
-
-
-def build(size: str, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
-    """A checkpoint with random weights that never chooses EOS: a logit of 0 is not the largest of thousands."""
+def build(size: str, folder: Path) -> Path:
+    """Save random weights that end no text: EOS has the logit 0, which is never among the largest."""
     torch.manual_seed(0)
     model = T5(SIZES[size])
     model.lm_head.weight.data[EOS_ID] = 0
     save_flan_t5(model, folder)
-    return load_flan_t5(folder, dtype, device)
+    return folder
 
 
-def gold(problems: list[Problem], tokenizer: Tokenizer, n: int) -> tuple[list[str], list[list[int]]]:
-    """The first n problems whose gold annotations are all what the calculator prints, with their rationales' ids."""
-    questions, scripts = [], []
-    for problem in problems:
-        ids = tokenizer.encode(format_rationale(problem.rationale))
-        row = RowState(tokenizer, calculator=True)
-        for i in ids:
-            row.take(i)
-        if row.sample.ids == ids[:-1] and len(questions) < n:
-            questions.append(problem.question)
-            scripts.append(ids)
-    return questions, scripts
+# ----------------------------------------------------------------------------------- the measuring
+
+
+def take_turns(systems: dict[str, Callable[[], object]], repeats: int) -> tuple[dict, dict]:
+    """Run every system once, then all again, `repeats` times: seconds and last results, by system."""
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    results = {}
+    for _ in range(repeats):
+        for name, run in systems.items():
+            began = time.perf_counter()
+            results[name] = run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds, results
+
+
+def compare(ours: list[float], theirs: list[float]) -> str:
+    """How many times ours theirs is, turn by turn: the median (the smallest to the largest)."""
+    ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def print_rows(
+    label: str, seconds: dict[str, list[float]], n_tokens: int = 0, n_steps: int = 0
+) -> None:
+    """A row for each peer (the first system is ours): tokens/s, or milliseconds a step."""
+    figures = {}
+    for name, spent in seconds.items():
+        if n_tokens > 0:
+            figures[name] = f"{n_tokens / statistics.median(spent):,.0f} tokens/s"
+        else:
+            figures[name] = f"{1000 * statistics.median(spent) / n_steps:.3f} ms"
+    ours, *peers = seconds
+    for peer in peers:
+        ratio = compare(seconds[ours], seconds[peer])
+        print(f"| {label} | {figures[ours]} | {peer} | {figures[peer]} | {ratio} |", flush=True)
+
+
+@torch.inference_mode()
+def ceilings(dtype: torch.dtype, device: str) -> float:
+    """Print what is possible here in a large product and a large read; return the latter's bytes/s."""
+    width = 1024 if device == "cpu" else 8192
+    left = torch.randn(2 * width, width, dtype=dtype, device=device)
+    right = torch.randn(width, width, dtype=dtype, device=device)
+    memory = torch.randn(2**26 if device == "cpu" else 2**30, dtype=dtype, device=device)
+
+    def multiply() -> None:
+        (left @ right)[0, 0].item()  # waits for the GPU
+
+    def read() -> None:
+        memory.sum().item()
+
+    seconds, _ = take_turns({"product": multiply, "read": read}, 10)
+    product, reading = [statistics.median(spent) for spent in seconds.values()]
+    operations = 2 * left.numel() * width / product
+    bandwidth = memory.nbytes / reading
+    print(f"Ceilings, {dtype}: {operations / 1e9:,.0f} GFLOP/s, {bandwidth / 1e9:,.1f} GB/s")
+    return bandwidth
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at the most (VmHWM)."""
-    return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    """Bytes of this process in memory, now (VmRSS) or at the most (VmHWM); Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s*(\d+)", status)[1])
 
 
-def measure_memory(folder: Path, vocabulary: Path, questions: list[str], batch: int, tokens: int, out) -> None:
-    """In a process of its own: how much generate adds to the peak of resident memory, and what the formula says."""
+def in_new_process(function: Callable, *arguments: object):
+    """function(*arguments), in a process that has done nothing else."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+# --------------------------------------------------------------------------------------- the cases
+
+
+class Bench:
+    """One checkpoint in our hands and in transformers', and the cases that are measured on it."""
+
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, repeats: int, dtype=torch.float32, device="cpu"
+    ):
+        self.model = load_flan_t5(folder, dtype, device)
+        self.peer = load_peer(folder, dtype, device)
+        self.tokenizer = tokenizer
+        self.repeats = repeats
+        self.ours(["Warm up."], 1, max_new_tokens=2)
+        self.theirs(["Warm up."], 1, max_new_tokens=2)
+
+    def ours(self, questions: list[str], batch_size: int, **options) -> list[list[int]]:
+        """Our ids of every first sample."""
+        rows = generate(self.model, self.tokenizer, questions, batch_size=batch_size, **options)
+        return [samples[0].ids for samples in rows]
+
+    def theirs(
+        self, questions: list[str], batch_size: int, calculator=False, scripts=None, **options
+    ) -> list[list[int]]:
+        """transformers' `generate`, batch by batch: the ids of every row, without EOS."""
+        rows = []
+        for start in range(0, len(questions), batch_size):
+            part = questions[start : start + batch_size]
+            ids = [self.tokenizer.encode(question, MAX_QUESTION) for question in part]
+            input_ids, mask = pad_batch(ids, self.model.device)
+            processors = transformers.LogitsProcessorList()
+            if scripts is not None:
+                processors.append(Script([scripts[question] for question in part]))
+            if calculator:
+                processors.append(ReReadingCalculator(self.tokenizer))
+            options |= {"num_beams": 1, "logits_processor": processors}
+            written = self.peer.generate(input_ids=input_ids, attention_mask=mask, **options)
+            for row in written[:, 1:].tolist():
+                rows.append(row[: row.index(EOS_ID)] if EOS_ID in row else row)
+        return rows
+
+    def greedy(
+        self, label: str, questions: list[str], batch_size: int, n_tokens: int, third=None
+    ) -> None:
+        """Rationales of n_tokens each, no calculator. third: CTranslate2, where it is installed."""
+        options = {"max_new_tokens": n_tokens}
+        systems = {
+            "ours": partial(self.ours, questions, batch_size, calculator=False, **options),
+            "transformers": partial(self.theirs, questions, batch_size, **options),
+        }
+        if third is not None:
+            pieces = []
+            for question in questions:
+                ids = self.tokenizer.encode(question, MAX_QUESTION)
+                pieces.append([self.tokenizer.pieces.id_to_piece(i) for i in ids])
+
+            def ctranslate2_rows() -> list[list[str]]:
+                length = {"min_decoding_length": n_tokens, "max_decoding_length": n_tokens}
+                return [
+                    r.hypotheses[0] for r in third.translate_batch(pieces, beam_size=1, **length)
+                ]
+
+            systems["CTranslate2"] = ctranslate2_rows
+        seconds, results = take_turns(systems, self.repeats)
+        for name, rows in results.items():
+            assert all(len(row) == n_tokens for row in rows), f"{name} wrote other lengths"
+        label = f"{label}, batch {batch_size}, {n_tokens} tokens each"
+        print_rows(label, seconds, n_tokens=n_tokens * len(questions))
+
+    def gold(self, scripts: dict[str, list[int]]) -> None:
+        """Real lengths with the calculator: both systems are made to spell the gold rationales."""
+        options = {"calculator": True, "max_new_tokens": MAX_RATIONALE}
+        systems = {
+            "ours": partial(self.ours, list(scripts), 32, **options),
+            "re-reading": partial(self.theirs, list(scripts), 32, scripts=scripts, **options),
+        }
+        with scripted(scripts):
+            seconds, results = take_turns(systems, self.repeats)
+        for name, rows in results.items():
+            assert [[*row, EOS_ID] for row in rows] == list(scripts.values()), f"{name} strayed"
+        label = f"3 {len(scripts)} gold rationales, calculator, batch 32"
+        print_rows(label, seconds, n_tokens=sum(map(len, scripts.values())))
+
+    def five_samples(self, questions: list[str], n_tokens: int) -> None:
+        """Ours with the calculator, all samples at once, against both ways of transformers."""
+        n = len(questions)
+        options = {"temperature": 0.7, "top_k": TOP_K, "max_new_tokens": n_tokens}
+        theirs = partial(self.theirs, questions, n, do_sample=True, **options)
+
+        def five_passes() -> None:
+            for _ in range(5):
+                theirs(calculator=True)
+
+        systems = {
+            "ours": partial(self.ours, questions, 5 * n, n_samples=5, **options),
+            "num_return_sequences=5, no calculator": partial(theirs, num_return_sequences=5),
+            "five passes, re-reading": five_passes,
+        }
+        seconds, _ = take_turns(systems, self.repeats)
+        print_rows(f"4 five samples of {n} questions", seconds, n_tokens=5 * n * n_tokens)
+
+    def calculator_cost(self, scripts: list[list[int]]) -> None:
+        """What a calculator takes of a step of 32 rows, without any model: ours with and without."""
+        ids, _ = pad_batch(
+            [script[:-1] for script in scripts], padding=self.tokenizer.encode(".")[0]
+        )
+        ids = torch.nn.functional.pad(ids[:, :128], (1, 0), value=START_ID)  # (32, steps + 1)
+        scores = torch.zeros(len(ids), self.model.config.vocab_size)
+
+        def ours(calculator: bool) -> None:
+            rows = [RowState(self.tokenizer, calculator, Sample(), []) for _ in ids]
+            for column in ids.T[1:].tolist():
+                for row, i in zip(rows, column):
+                    row.take(i)
+
+        def re_reading() -> None:
+            reader = ReReadingCalculator(self.tokenizer)
+            for length in range(1, ids.shape[1]):
+                reader(ids[:, :length], scores)
+
+        systems = {"with": partial(ours, True), "without": partial(ours, False), "re": re_reading}
+        seconds, _ = take_turns(systems, 3 * self.repeats)
+        cost = [a - b for a, b in zip(seconds["with"], seconds["without"])]
+        costs = {"ours": cost, "re-reading": seconds["re"]}
+        print_rows("5 calculator, per step of 32 rows", costs, n_steps=ids.shape[1] - 1)
+
+    def texts(self, questions: list[str]) -> None:
+        """A real checkpoint, from text to text with the calculator, one turn; counts equal texts."""
+        options = {"calculator": True, "max_new_tokens": MAX_RATIONALE}
+
+        def text_of(write: Callable) -> list[str]:
+            return [self.tokenizer.decode(row) for row in write(questions, 32, **options)]
+
+        systems = {"ours": partial(text_of, self.ours), "re-reading": partial(text_of, self.theirs)}
+        seconds, texts = take_turns(systems, 1)
+        n_equal = sum(a == b for a, b in zip(texts["ours"], texts["re-reading"], strict=True))
+        n_tokens = sum(len(self.tokenizer.encode(text)) for text in texts["ours"])
+        label = f"7 {len(questions)} questions to text, batch 32, {n_equal} texts equal"
+        print_rows(label, seconds, n_tokens=n_tokens)
+
+    @torch.inference_mode()
+    def steps(self, label: str, questions: list[str], n_steps: int, bandwidth: float) -> None:
+        """Milliseconds a step of one full batch: recorded (on a GPU), eager, and only reading."""
+        states = encode_questions(self.model, self.tokenizer, questions)
+        cache = KVCache(self.model, len(states), n_steps, max(len(state) for state in states))
+        cache.admit(list(range(len(states))), self.model, states)
+
+        def run(step: Callable[[Tensor, KVCache], Tensor]) -> None:
+            cache.lengths.zero_()
+            ids = cache.lengths.clone()
+            for _ in range(n_steps):
+                ids = step(ids, cache).argmax(-1)
+            ids.tolist()  # waits for the GPU
+
+        systems = {"eager": partial(run, self.model.step)}
+        if self.model.device.type == "cuda":
+            systems = {"recorded": partial(run, record_step(self.model, cache))} | systems
+        seconds, _ = take_turns(systems, self.repeats)
+        read = [cache.keys, cache.values, cache.source_keys, cache.source_values]
+        read += [*self.model.decoder.parameters(), self.model.lm_head.weight]
+        least = n_steps * sum(tensor.nbytes for tensor in read) / bandwidth
+        seconds["reading weights and cache"] = [least] * self.repeats
+        print_rows(label, seconds, n_steps=n_steps)
+
+    def draw(self, questions: list[str], n_tokens: int, path: Path) -> None:
+        """Speed over batch size, and over the length of a batch of 32; one turn each."""
+        from matplotlib import pyplot
+
+        figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+        axes = {"batch size": [1, 8, 32, 128], "tokens per rationale": [50, 100, 200, 300]}
+        for panel, (axis, ticks) in zip(panels, axes.items()):
+            speeds = []
+            for tick in ticks:
+                batch, length = (tick, n_tokens) if axis == "batch size" else (32, tick)
+                theirs = partial(self.theirs, questions[:batch], batch, max_new_tokens=length)
+                systems = {
+                    "ours": partial(self.ours, questions[:batch], batch, max_new_tokens=length),
+                    "transformers, no calculator": theirs,
+                    "transformers, re-reading": partial(theirs, calculator=True),
+                }
+                seconds, _ = take_turns(systems, 1)
+                label = f"batch {batch}, {length} tokens each"
+                print_rows(label, seconds, n_tokens=batch * length)
+                speeds.append([batch * length / spent for [spent] in seconds.values()])
+            panel.plot(ticks, speeds, "o-", label=list(systems))
+            panel.set(xscale="log", yscale="log", xlabel=axis, xticks=ticks, xticklabels=ticks)
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel("tokens per second")
+        panels[0].legend(frameon=False)
+        figure.savefig(path, bbox_inches="tight")
+
+
+def measure_memory(
+    folder: Path, vocabulary: Path, questions: list[str], n_tokens: int
+) -> tuple[int, int]:
+    """Bytes that `generate` adds to this process's memory at the most, and the formula of KVCache."""
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(folder), Tokenizer(vocabulary)
-    options = dict(max_new_tokens=tokens, calculator=False, batch_size=batch)
-    generate(model, tokenizer, questions[:1], max_new_tokens=2)  # libraries and threads are up
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident now
+    n = len(questions)
+    generate(model, tokenizer, ["Warm up."], max_new_tokens=2)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
-    generate(model, tokenizer, questions, **options)
+    generate(model, tokenizer, questions, max_new_tokens=n_tokens, calculator=False, batch_size=n)
     grown = resident("VmHWM") - before
-    longest = max(len(tokenizer.encode(question, MAX_QUESTION)) for question in questions)
-    c, whole = model.config, -(-tokens // KVCache.BLOCK) * KVCache.BLOCK
-    slots = min(batch, len(questions)) * 4 * (2 * c.n_layers * c.n_heads * c.d_kv * (whole + longest) + c.vocab_size)
-    weights = sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, Linear))
-    out.send((grown, slots, weights))
-
-
-# --------------------------------------------------------------------------------------------------------- the cases
+    c = model.config
+    source_length = max(len(tokenizer.encode(question, MAX_QUESTION)) for question in questions)
+    numbers = 2 * c.n_layers * n * c.n_heads * c.d_kv * (n_tokens + source_length)
+    return grown, 4 * numbers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer tokens, questions and repeats: about three minutes")
-    cases = "1 greedy, 2 gold rationales, 3 five samples, 4 the calculator's cost, 5 waste, 6 base, 7 bf16, 8 all questions, 9 one GPU, alone"
-    parser.add_argument("--cases", type=int, nargs="*", choices=range(1, 10), default=[1, 2, 3, 4, 5, 6, 8], help=cases)
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and questions")
+    parser.add_argument("--cases", type=int, nargs="+", choices=range(1, 10), help=CASES)
     parser.add_argument("--vocabulary", type=Path, default=TINY, help="folder with spiece.model")
-    parser.add_argument("--questions", type=Path, help="JSONL of problems with rationales; default: synthetic ones")
-    parser.add_argument("--checkpoint", type=Path, help="for case 8: a checkpoint that writes rationales")
-    parser.add_argument("--repeats", type=int, help="default 5, or 2 with --quick")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: case 9 only, in bf16")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="for case 9: base large, for case 7: small base")
-    parser.add_argument("--batches", nargs="+", type=int, default=[32, 96, 256, 512], help="for case 9")
-    parser.add_argument("--figure", type=Path, help="only draw speed over batch size into this file (matplotlib)")
+    parser.add_argument("--questions", type=Path, help="JSONL of problems with rationales")
+    parser.add_argument("--checkpoint", type=Path, help="for case 7")
+    parser.add_argument("--repeats", type=int, default=3, help="turns (3)")
+    parser.add_argument("--threads", type=int, default=1, help="of every system (1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: case 9")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base"], help="for case 9")
+    parser.add_argument("--batches", nargs="+", type=int, default=[32, 96, 256], help="for case 9")
+    parser.add_argument("--figure", type=Path, help="only draw this (needs matplotlib)")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA GPU here")
     torch.set_flush_denormal(True)
-    one_gpu = args.device == "cuda" or 9 in args.cases
-    quick, repeats = args.quick, args.repeats or (2 if args.quick else 5)
-    tokens = 32 if quick else 128
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
     tokenizer = Tokenizer(args.vocabulary)
     problems = load_problems(args.questions) if args.questions else make_problems(1400, seed=0)
     questions = [problem.question for problem in problems]
-    versions = [f"{name} {module.__version__ if module else 'not installed: left out'}"
-                for name, module in (("transformers", transformers), ("ctranslate2", ctranslate2))]  # fmt: skip
-    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
-          f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {', '.join(versions)}, {'bf16' if one_gpu else 'fp32 but for case 7' if 7 in args.cases else 'fp32'}, {repeats} turns")  # fmt: skip
-    if transformers:
-        transformers.logging.set_verbosity_error()
-    if one_gpu:
-        return gpu_table(args, tokenizer, questions[: 64 if quick else 1319], 32 if quick else 110, repeats)
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        small = build("small", Path(scratch) / "small")
-        bench = Bench(small, load_peer(Path(scratch) / "small"), tokenizer, repeats)
-        print(f"ceilings measured here: {bench.floor.flops / 1e9:.0f} GFLOP/s, {bench.floor.bandwidth / 1e9:.0f} GB/s\n")
-        if args.figure:
-            return bench.figure(*gold(problems, tokenizer, 64), args.figure)
-        if set(args.cases) - {7}:
-            print(f"| case | tokens/s | {' | '.join(f'times as fast as {peer}' for peer in PEERS)} | share of the floor |")
-            print("|---|---|---|---|---|")
-        for case in args.cases:
-            if case == 1:
-                folders = (Path(scratch) / "small", args.vocabulary) if ctranslate2 and transformers else None
-                bench.forced("1  greedy, batch 32", questions[:32], 32, tokens, folders)
-                bench.forced("1  greedy, batch 1", questions[:2], 1, tokens)
-            elif case == 2:
-                bench.scripted(*gold(problems, tokenizer, 16 if quick else 64), 32)
-            elif case == 3:
-                bench.samples(questions[: 8 if quick else 32], 5, tokens)
-            elif case == 4:
-                bench.calculator_cost(*gold(problems, tokenizer, 64))
-            elif case == 5:
-                bench.waste(*gold(problems, tokenizer, 32 if quick else 64), Path(scratch) / "small", args.vocabulary, tokens)
-            elif case == 6 and not quick:
-                base = build("base", Path(scratch) / "base")
-                Bench(base, load_peer(Path(scratch) / "base"), tokenizer, repeats).forced("6  base, greedy, batch 16", questions[:16], 16, tokens)
-            elif case == 7 and not quick:
-                bf16_table(args, tokenizer, questions, gold(problems, tokenizer, 64), tokens, repeats)
-            elif case == 8 and args.checkpoint:
-                model, tokenizer_8 = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
-                last = Bench(model, load_peer(args.checkpoint), tokenizer_8, 1)
-                last.everything(questions[: 64 if quick else None])
-                bench.notes += last.notes
-            else:
-                bench.notes.append(f"{case}  left out: it needs {'--checkpoint' if case == 8 else 'more time than --quick has'}")
-        print(*bench.notes, sep="\n")
-
-
-def gpu_table(args: argparse.Namespace, tokenizer: Tokenizer, questions: list[str], tokens: int, repeats: int) -> None:
-    """Case 9: so many tokens for every question, calculator on, in bf16 on a GPU (or on this CPU, to try the table)."""
-    cuda = args.device == "cuda"
-    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, bf16, {len(questions)} questions, {tokens} tokens each\n\n"
-          "| size, batch | tokens/s | ms a step | times the floor | time with / without calculator | "
-          "times as fast as transformers re-reading its texts | without calculators |\n|---|---|---|---|---|---|---|")  # fmt: skip
-    for size in args.sizes or ("base", "large"):
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            model = build(size, Path(folder), torch.bfloat16, args.device)
-            bench = Bench(model, load_peer(Path(folder), torch.bfloat16, args.device), tokenizer, repeats)
-            print(f"| {size}: ceilings {bench.floor.flops / 1e12:.2f} TFLOP/s, {bench.floor.bandwidth / 1e9:,.0f} GB/s | | | | | | |")
-            for batch in args.batches:
-                options = dict(max_new_tokens=tokens, do_sample=False)
-                systems = {on: lambda on=on: bench.ours(questions, batch, max_new_tokens=tokens, calculator=on) for on in (True, False)}
-                if bench.peer and batch == 96:  # one turn of it is minutes; fewer questions are as good for its speed
-                    few = questions[: 2 * batch]
-                    systems["re-reading"] = lambda: bench.theirs(few, batch, lambda at: [ReReadingCalculator(tokenizer)], **options)
-                    systems["plain"] = lambda: bench.theirs(few, batch, **options)
-                bench.ours(questions[:batch], batch, max_new_tokens=4)  # warm
-                seconds = {name: statistics.median(spent) for name, spent in take_turns(systems, repeats).items()}
-                steps, floor = tokens * max(1, len(questions) / batch), bench.floor.seconds(bench.sources(questions), [tokens] * len(questions), batch)
-                ratios = [f"{seconds[peer] / len(few) / (seconds[on] / len(questions)):.1f}" if peer in seconds else ""
-                          for peer, on in (("re-reading", True), ("plain", False))]  # fmt: skip
-                print(f"| {size}, {batch} | {tokens * len(questions) / seconds[True]:,.0f} | {1000 * seconds[True] / steps:.2f} | "
-                      f"{seconds[True] / floor:.1f} | {seconds[True] / seconds[False]:.3f} | {' | '.join(ratios)} |", flush=True)  # fmt: skip
-    if args.checkpoint:
-        agreement(args.checkpoint, args.device, questions)
-
-
-def agreement(checkpoint: Path, device: str, questions: list[str]) -> None:
-    """How alike the greedy ids are in bf16 and fp32, in batches of 96 and 32, and on a GPU recorded and eager."""
-    written, cuda = {}, device == "cuda"
-    for dtype, batch in ((torch.float32, 96), (torch.bfloat16, 96), (torch.bfloat16, 32)):
-        model = load_flan_t5(checkpoint, dtype, device)
-        for graph in (True, False)[not cuda :]:
-            rows = generate(model, Tokenizer(checkpoint), questions, batch_size=batch, graph=graph)
-            written[dtype, batch, graph] = [[*row[0].ids, EOS_ID] for row in rows]
-
-    def alike(a: tuple, b: tuple) -> str:
-        pairs = list(zip(written[a], written[b], strict=True))
-        before = sum(len(list(itertools.takewhile(lambda ids: ids[0] == ids[1], zip(x, y)))) for x, y in pairs)
-        return f"{100 * statistics.mean(x == y for x, y in pairs):.1f} % of texts, {100 * before / sum(len(x) for x, _ in pairs):.1f} % of ids"
-
-    fp32, bf16, small = ((torch.float32, 96, cuda), (torch.bfloat16, 96, cuda), (torch.bfloat16, 32, cuda))
-    print(f"\nEqual up to the first other id: bf16 and fp32 {alike(fp32, bf16)}; bf16 at batch 96 and 32 {alike(bf16, small)}"
-          + (f"; recorded and eager in fp32 {alike(fp32, (*fp32[:2], False))}" if cuda else ""))  # fmt: skip
-
-
-def bf16_table(args: argparse.Namespace, tokenizer: Tokenizer, questions: list[str], golden: tuple, tokens: int, repeats: int) -> None:
-    """Case 7: in bf16 on a CPU, against our own fp32 and against transformers in both."""
-    peers = ("ours in fp32", "transformers in fp32", "transformers in bf16")
-    print(f"\n| in bf16 | tokens/s | {' | '.join(f'times as fast as {peer}' for peer in peers)} |\n|---|---|---|---|---|")
-    for size in args.sizes or ("small", "base"):
-        with tempfile.TemporaryDirectory() as folder:
-            both = []
-            for dtype in (torch.float32, torch.bfloat16):
-                both.append(Bench(build(size, Path(folder), dtype), load_peer(Path(folder), dtype), tokenizer, repeats))
-            greedy, (asked, scripts) = dict(max_new_tokens=tokens, do_sample=False), golden
-            drawn = dict(max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=50, num_return_sequences=5)
-            script = lambda at: [Script(scripts[at : at + 32]), ReReadingCalculator(tokenizer)]
-            batch = 32 if size == "small" else 16
-            jobs = [
-                (f"{size}, batch {batch}, {tokens} tokens each, calculator off", batch * tokens,
-                 lambda bench: bench.ours(questions[:batch], batch, max_new_tokens=tokens, calculator=False),
-                 lambda bench: bench.theirs(questions[:batch], batch, **greedy)),
-                (f"{size}, batch 1, {tokens} tokens, calculator off", 2 * tokens,
-                 lambda bench: bench.ours(questions[:2], 1, max_new_tokens=tokens, calculator=False),
-                 lambda bench: bench.theirs(questions[:2], 1, **greedy)),
-                (f"{size}, {len(asked)} gold rationales, calculator on, batch 32", sum(map(len, scripts)),
-                 lambda bench: bench.ours(asked, 32, process=bench.follow(scripts)),
-                 lambda bench: bench.theirs(asked, 32, script, max_new_tokens=300, do_sample=False)),
-                (f"{size}, 5 samples of 32 questions", 160 * tokens,
-                 lambda bench: bench.ours(questions[:32], 160, n_samples=5, temperature=0.7, max_new_tokens=tokens),
-                 lambda bench: bench.theirs(questions[:32], 32, **drawn)),
-            ]  # fmt: skip
-            for label, total, ours, theirs in jobs if size == "small" else jobs[:1]:
-                systems = {"ours": lambda: ours(both[1]), peers[0]: lambda: ours(both[0])}
-                if transformers:
-                    systems |= {peers[1]: lambda: theirs(both[0]), peers[2]: lambda: theirs(both[1])}
-                take_turns(systems, 1)  # warm
-                show(label, total, take_turns(systems, min(repeats, 3)), peers=peers)
-    if args.checkpoint:
-        agreement(args.checkpoint, "cpu", questions)
-
-
-class Bench:
-    """One model in our hands and in the peer's, and the cases that are measured on it."""
-
-    def __init__(self, model: T5, peer, tokenizer: Tokenizer, repeats: int):
-        self.model, self.peer, self.tokenizer, self.repeats = model, peer, tokenizer, repeats
-        self.floor = Floor(model)
-        self.notes: list[str] = []  # what does not fit into the table
-
-    def ours(self, questions: list[str], batch: int, **options) -> list[list]:
-        return generate(self.model, self.tokenizer, questions, batch_size=batch, **options)
-
-    def theirs(self, questions: list[str], batch: int, processors=None, **options) -> list[list[int]]:
-        """transformers' generate, batch by batch; processors(at) gives the logits processors for questions[at:]."""
-        rows = []
-        for at in range(0, len(questions), batch):
-            ids, mask = pad_batch([self.tokenizer.encode(question, MAX_QUESTION) for question in questions[at : at + batch]])
-            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-            chosen = transformers.LogitsProcessorList(processors(at) if processors else [])
-            out = self.peer.generate(input_ids=ids, attention_mask=mask, num_beams=1, logits_processor=chosen, **options)
-            rows += [row[1 : row.index(EOS_ID) if EOS_ID in row else None] for row in out.tolist()]
-        return rows
-
-    def sources(self, questions: list[str]) -> list[int]:
-        return [len(self.tokenizer.encode(question, MAX_QUESTION)) for question in questions]
-
-    def forced(self, label: str, questions: list[str], batch: int, tokens: int, ctranslate2_folders=None) -> None:
-        """Greedy, every rationale exactly `tokens` long, no calculator."""
-        systems = {"ours": lambda: self.ours(questions, batch, max_new_tokens=tokens, calculator=False)}
-        if self.peer:
-            systems["transformers"] = lambda: self.theirs(questions, batch, max_new_tokens=tokens, do_sample=False)
-        if ctranslate2_folders:
-            context = get_context("spawn")
-            pipe, theirs = context.Pipe()
-            pieces = [[*self.tokenizer.pieces.encode(q, out_type=str)[: MAX_QUESTION - 1], "</s>"] for q in questions]
-            options = dict(beam_size=1, min_decoding_length=tokens, max_decoding_length=tokens, max_batch_size=batch)
-            arguments = (*ctranslate2_folders, pieces, options, torch.get_num_threads(), theirs)
-            context.Process(target=serve_ctranslate2, args=arguments, daemon=True).start()
-            theirs.close()  # so that recv ends should the process die
-            systems["CTranslate2"] = lambda: pipe.send(True) or pipe.recv()
-        for name, run in systems.items():  # once to warm up, and to see that all write as much
-            written = run()
-            total = written if name == "CTranslate2" else sum(len(row if name != "ours" else row[0].ids) for row in written)
-            assert total == tokens * len(questions), (name, total)
-        floor = self.floor.seconds(self.sources(questions), [tokens] * len(questions), batch)
-        show(f"{label}, {tokens} tokens", tokens * len(questions), take_turns(systems, self.repeats), floor)
-        if ctranslate2_folders:
-            pipe.send(False)
-
-    def follow(self, scripts: list[list[int]], count: list[int] | None = None) -> Callable:
-        """Our counterpart of Script: the same scores, for whichever rows sit in the slots."""
-
-        def process(logits: torch.Tensor, rows: list) -> torch.Tensor:
-            ids = [EOS_ID] * len(rows)
-            for slot, row in enumerate(rows):
-                if row and len(row.sample.ids) < len(scripts[row.question]):
-                    ids[slot] = scripts[row.question][len(row.sample.ids)]
-            if count is not None:
-                count.append(len(rows))
-            return torch.full_like(logits, -torch.inf).scatter_(1, torch.tensor(ids)[:, None], 0.0)
-
-        return process
-
-    def scripted(self, questions: list[str], scripts: list[list[int]], batch: int) -> None:
-        """Real lengths with the calculator: every system writes the gold rationales."""
-        written = {}
-
-        def ours() -> None:
-            rows = self.ours(questions, batch, process=self.follow(scripts))
-            written["ours"] = [[*row[0].ids, EOS_ID] for row in rows]
-
-        def theirs() -> None:
-            rows = self.theirs(
-                questions, batch, lambda at: [Script(scripts[at : at + batch]), ReReadingCalculator(self.tokenizer)],
-                max_new_tokens=300, do_sample=False,
-            )  # fmt: skip
-            written["transformers"] = [[*row, EOS_ID] for row in rows]
-
-        systems = {"ours": ours, **({"transformers": theirs} if self.peer else {})}
-        take_turns(systems, 1)  # warm
-        seconds = take_turns(systems, self.repeats)
-        assert all(rows == scripts for rows in written.values()), "a system left the script"
-        lengths = [len(script) for script in scripts]
-        show(f"2  gold rationales, calculator, {len(questions)} questions, batch {batch}", sum(lengths), seconds,
-             self.floor.seconds(self.sources(questions), lengths, batch))  # fmt: skip
-
-    def samples(self, questions: list[str], n: int, tokens: int) -> None:
-        """K samples of every question at temperature 0.7, top-k 50."""
-        options = dict(max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=50)
-
-        def authors() -> None:
-            for _ in range(n):
-                self.theirs(questions, 32, lambda at: [ReReadingCalculator(self.tokenizer)], **options)
-
-        systems = {"ours": lambda: self.ours(questions, n * len(questions), n_samples=n, temperature=0.7, max_new_tokens=tokens)}
-        if self.peer:
-            systems["passes"] = authors
-            systems["transformers"] = lambda: self.theirs(questions, 32, num_return_sequences=n, **options)
-        floor = self.floor.seconds(self.sources(questions), [tokens] * len(questions) * n, n * len(questions), n)
-        seconds, label = take_turns(systems, min(self.repeats, 3)), f"3  {n} samples of {len(questions)} questions at once"
-        show(f"{label}, peer: num_return_sequences", n * tokens * len(questions), seconds, floor)
-        if self.peer:
-            seconds["transformers"] = seconds["passes"]
-            show(f"{label}, peer: {n} passes of 32, with calculator", n * tokens * len(questions), seconds, floor)
-
-    def calculator_cost(self, questions: list[str], scripts: list[list[int]]) -> None:
-        """Milliseconds per step of 32 rows that the calculator takes: measured alone, and as with against without."""
-        rows = [RowState(self.tokenizer, on) for on in (True, False) for _ in range(32)]
-        spent = {True: 0.0, False: 0.0}
-        for step in range(100):
-            for on in (True, False):
-                began = time.perf_counter()
-                for row, script in zip(rows[: 32] if on else rows[32:], scripts):
-                    row.take(script[step] if step < len(script) else EOS_ID + 5)
-                spent[on] += time.perf_counter() - began
-        self.notes.append(f"4  the calculator takes {(spent[True] - spent[False]) * 10:.3f} ms a step of 32 rows")
-        if self.peer:
-            reader = ReReadingCalculator(self.tokenizer)
-            self.theirs(questions[:32], 32, lambda at: [Script(scripts[:32]), reader], max_new_tokens=100, do_sample=False)
-            self.notes[-1] += f", re-reading the text {1000 * reader.seconds / reader.steps:.3f} ms"
-        systems = {on: lambda on=on: self.ours(questions[:32], 32, process=self.follow(scripts), calculator=on) for on in (True, False)}
-        seconds = take_turns(systems, self.repeats)
-        self.notes[-1] += f"; time with / without it {statistics.median(a / b for a, b in zip(*seconds.values())):.3f}"
-
-    def waste(self, questions: list[str], scripts: list[list[int]], folder: Path, vocabulary: Path, tokens: int) -> None:
-        """Steps against the least possible, and memory against its formula."""
-        for slots in (32, 16):
-            count, total = [], sum(map(len, scripts))
-            self.ours(questions, slots, process=self.follow(scripts, count))
-            self.notes.append(f"5  {slots} slots: {len(count)} steps for {total} tokens, {len(count) / (total / slots):.2f} times "
-                              f"tokens / slots; rows computed per token {sum(count) / total:.2f}")  # fmt: skip
-        if not Path("/proc/self/clear_refs").exists():
-            return
-        context = get_context("spawn")
-        receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=measure_memory, args=(folder, vocabulary, questions[:32], 32, tokens, send))
-        process.start()
-        send.close()  # so that recv ends should the process die
-        grown, slots, weights = receive.recv()
-        process.join()
-        self.notes.append(f"5  32 slots, {tokens} tokens: peak memory grows by {grown / 2**20:.0f} MiB, {grown / (slots + weights):.2f} "
-                          f"of the formula ({slots / 2**20:.0f} for slots, {weights / 2**20:.0f} for packed weights)")  # fmt: skip
-
-    def everything(self, questions: list[str]) -> None:
-        """Greedy, calculator on, at most 300 tokens, from text to text; the rows in which the texts differ."""
-        texts = {}
-
-        def ours() -> None:
-            texts["ours"] = [row[0].text for row in self.ours(questions, 32)]
-
-        def theirs() -> None:
-            rows = self.theirs(questions, 32, lambda at: [ReReadingCalculator(self.tokenizer)], max_new_tokens=300, do_sample=False)
-            texts["transformers"] = [self.tokenizer.decode(row) for row in rows]
-
-        seconds = take_turns({"ours": ours, **({"transformers": theirs} if self.peer else {})}, self.repeats)
-        tokens = sum(len(self.tokenizer.encode(text)) for text in texts["ours"])
-        show(f"8  {len(questions)} questions, text to text, batch 32", tokens, seconds)
-        if self.peer:
-            different = [i for i, (a, b) in enumerate(zip(texts["ours"], texts["transformers"])) if a != b]
-            self.notes.append(f"8  texts that differ: {len(different)}")
-            for i in different:
-                start = max(len(os.path.commonprefix([found[i] for found in texts.values()])) - 40, 0)
-                self.notes += [f"   question {i}, {name}: {found[i][start : start + 80]!r}" for name, found in texts.items()]
-
-    def figure(self, questions: list[str], scripts: list[list[int]], path: Path) -> None:
-        """Speed over batch size on the gold rationales, with and without calculator (compare the paper's figure 4)."""
-        from matplotlib import pyplot
-
-        sizes, curves = [1, 2, 4, 8, 16, 32], {}
-        for batch in sizes:
-            n = max(4, 2 * batch)
-            some, total = questions[:n], sum(map(len, scripts[:n]))
-            for on in (True, False):
-                systems = {f"ours, {'with' if on else 'without'} calculator": lambda: self.ours(some, batch, calculator=on, process=self.follow(scripts))}
-                if self.peer:
-                    tools = [ReReadingCalculator] if on else []
-                    systems[f"transformers, {'with' if on else 'without'} calculator"] = lambda: self.theirs(
-                        some, batch, lambda at: [Script(scripts[at : at + batch]), *(tool(self.tokenizer) for tool in tools)],
-                        max_new_tokens=300, do_sample=False,
-                    )  # fmt: skip
-                for name, seconds in take_turns(systems, 1).items():
-                    curves.setdefault(name, []).append(total / statistics.median(seconds))
-                    print(f"{name}, batch {batch}: {curves[name][-1]:,.0f} tokens/s", flush=True)
-        axes = pyplot.figure(figsize=(6.4, 4)).subplots()
-        for name, speeds in curves.items():
-            own, dashed = name.startswith("ours"), "without" in name
-            axes.plot(sizes, speeds, "o--" if dashed else "o-", color="#0072B2" if own else "#D55E00", label=name, mfc="white" if dashed else None)
-        axes.set(xscale="log", yscale="log", xlabel="batch size (rationales at a time)", ylabel="speed (tokens per second)", xticks=sizes, xticklabels=sizes)
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_minor_formatter("{x:,.0f}")
-        axes.legend(frameon=False, loc="lower right")
-        axes.grid(alpha=0.3)
-        axes.figure.savefig(path, bbox_inches="tight", dpi=160)
-
-
-def serve_ctranslate2(folder: Path, vocabulary: Path, pieces: list[list[str]], options: dict, threads: int, pipe) -> None:
-    """In a process of its own, so that its threads do not disturb ours: translate whenever asked."""
-    source = folder.parent / "for-ctranslate2"
-    shutil.copytree(folder, source)
-    shutil.copy(vocabulary / "spiece.model", source)
-    transformers.logging.set_verbosity_error()
-    transformers.T5Tokenizer(str(source / "spiece.model"), legacy=True).save_pretrained(source)
-    ctranslate2.converters.TransformersConverter(str(source)).convert(str(folder.parent / "ct2"), force=True)
-    translator = ctranslate2.Translator(
-        str(folder.parent / "ct2"), inter_threads=1, intra_threads=threads, compute_type="float32"
+    scripts = gold_scripts(problems, tokenizer, 64)
+    n_tokens = 32 if args.quick else 128
+    cases = args.cases or ([9] if args.device == "cuda" else range(1, 9))
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, "
+        f"{args.threads} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, {args.repeats} turns"
     )
-    while pipe.recv():
-        pipe.send(sum(len(result.hypotheses[0]) for result in translator.translate_batch(pieces, **options)))
+    ceilings(torch.float32, "cpu")
+    if ctranslate2 is None:
+        print("CTranslate2 is not installed: left out")
+    print("\n| case | ours | beside | its figure | ratio |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        folder = build("small", scratch / "small")
+        small = Bench(folder, tokenizer, args.repeats)
+        if args.figure:
+            small.draw(questions, n_tokens, args.figure)
+            return
+        for case in cases:
+            if case == 1:
+                third = load_ctranslate2(folder, args.vocabulary, args.threads)
+                small.greedy("1 small", questions[:32], 32, n_tokens, third)
+            elif case == 2:
+                small.greedy("2 small", questions[:2], 1, n_tokens)
+            elif case == 3:
+                n = 16 if args.quick else 64
+                small.gold({question: scripts[question] for question in list(scripts)[:n]})
+            elif case == 4:
+                small.five_samples(questions[: 8 if args.quick else 32], n_tokens)
+            elif case == 5:
+                small.calculator_cost(list(scripts.values())[:32])
+            elif case == 6:
+                base = Bench(build("base", scratch / "base"), tokenizer, args.repeats)
+                base.greedy("6 base", questions[:16], 16, n_tokens)
+            elif case == 7 and args.checkpoint:
+                real = Bench(args.checkpoint, Tokenizer(args.checkpoint), args.repeats)
+                real.texts(questions[: 64 if args.quick else None])
+            elif case == 8:
+                arguments = (folder, args.vocabulary, questions[:32], n_tokens)
+                grown, formula = in_new_process(measure_memory, *arguments)
+                print(
+                    f"| 8 memory of 32 slots, {n_tokens} tokens | {grown / 2**20:.0f} MiB | formula "
+                    f"of KVCache | {formula / 2**20:.0f} MiB | {formula / grown:.2f} |"
+                )
+            elif case == 9:
+                for size in args.sizes:
+                    path = build(size, scratch / size)
+                    large = Bench(path, tokenizer, args.repeats, torch.bfloat16, args.device)
+                    bandwidth = ceilings(torch.bfloat16, args.device)
+                    for batch in args.batches:
+                        large.steps(
+                            f"9 {size}, batch {batch}", questions[:batch], n_tokens, bandwidth
+                        )
 
 
 if __name__ == "__main__":

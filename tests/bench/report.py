@@ -1,66 +1,114 @@
-"""The paper's figures and tables from run folders alone, finished or not; runs that differ in the seed only are merged.
+"""The paper's figures and tables from run folders alone, finished or not.
 
     for seed in 0 1 2 3 4; do OMP_NUM_THREADS=1 python run.py --seed $seed; done
-    python -m tests.bench.report runs/tiny-seed-? [--out DIR]      # pictures as PNG and SVG, where matplotlib is installed
+    python -m tests.bench.report runs/tiny-seed-? [--out DIR]
 
-pass@k is estimated without bias from the n >= k rationales that the run drew for each question of U.
+Runs that differ in the seed only are merged: mean ± standard deviation. The accuracies of a
+single run have their 95 % interval instead. pass@k is estimated without bias from the n >= k
+rationales that the run drew for each question of U. Pictures are written as PNG and SVG, where
+matplotlib is installed.
 """
 
 import argparse
 import itertools
-import json
 import math
 import re
 import statistics
 import sys
-from collections import defaultdict
-from dataclasses import asdict, fields
-from functools import cache
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import run
 from calculator import calculate
-from data.folder import RunFolder
+from data.folder import MAY_CHANGE, read_config
 from data.problems import Problem, read_jsonl
-from selftrain import accuracies, extract_answer, is_correct, jaccard, make_pseudo_labels, pass_at_k
+from selftrain import accuracies, extract_answer, jaccard, make_pseudo_labels, pass_at_k
 from tokenizer import Tokenizer, format_rationale
 
-COLORS = {"st": "#0072B2", "dpo-st": "#D55E00", "other": "#009E73", "third": "#CC79A7"}  # Okabe and Ito: for every eye
-LIMITS = set(run.MAY_CHANGE) - {"rounds", "method", "bf16"}  # of memory and time: runs that differ in them are of one kind
 NAMES = {"st": "ST", "dpo-st": "DPO-ST"}
 EXPECTED = "by the calculations of the problem's own rationale"
-T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t by n - 1
+SAME_KIND = MAY_CHANGE - {"rounds", "method", "bf16"}  # runs that differ in these are merged, too
+
+# Student's t for 95 %, by the number of runs: two, three, and so on.
+T_95 = (
+    *(12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23),
+    *(2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09),
+)
+
+# Colours that every eye tells apart. Source: Okabe and Ito (2008).
+BLUE = "#0072B2"
+RED = "#D55E00"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+COLORS = {"st": BLUE, "dpo-st": RED}
+
+# ------------------------------------------------------------------------------ means and intervals
 
 
-def spread(values: list[float], digits: int = 1) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; a single value has none."""
+    text = f"{statistics.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.1f}"
+    return text
 
 
-def interval(differences: list[float]) -> str:
-    """Mean of paired differences and its 95 % interval (Student's t over seeds)."""
+def interval(differences: Sequence[float]) -> str:
+    """The mean of paired differences, and its 95 % interval (Student's t over the seeds)."""
     mean = statistics.mean(differences)
-    if len(differences) < 2:
+    n = len(differences)
+    if n == 1:
         return f"{mean:+.1f}"
-    half = T_95.get(len(differences) - 1, 1.96) * statistics.stdev(differences) / math.sqrt(len(differences))
+    t = T_95[min(n - 2, len(T_95) - 1)]
+    half = t * statistics.stdev(differences) / math.sqrt(n)
     return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
 
 
-# ------------------------------------------------------------------------------------------------ what a folder says
+def wilson(n_right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of the share n_right / n. Source: Wilson (1927).
+
+    It holds every share p that is at most 1.96 of its own standard errors, sqrt(p * (1 - p) / n),
+    away from the share that was found.
+    """
+    z = 1.96
+    share = n_right / n
+    scale = 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / scale
+    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def config_of(stored: dict) -> run.Config:
-    """What config.json says; flags that an older version did not have were off, but that a GPU computed in bf16."""
-    stored = {"bf16": stored["device"] == "cuda", **stored}
-    return run.Config(**{item.name: stored[item.name] for item in fields(run.Config) if item.name in stored})
+# ------------------------------------------------------------------------------- what a folder says
 
 
-def expected(config: dict) -> dict[str, list[str]]:
-    """The calculations by which the held-out problems of --size tiny are solved: they are made, not read."""
-    if config["size"] != "tiny" or config["labeled"]:
+def config_of(folder: Path) -> argparse.Namespace:
+    """The flags of a run. Raises FileNotFoundError where there is none."""
+    return argparse.Namespace(**read_config(folder / "config.json"))
+
+
+def is_generated(config: argparse.Namespace) -> bool:
+    """Whether the run's problems were generated, from its seed."""
+    return config.size == "tiny" and not config.labeled
+
+
+def kind_of(config: argparse.Namespace) -> dict:
+    """What runs must share to be merged: not the seed, nor how fast or where they computed."""
+    ignored = SAME_KIND | {"seed"}
+    if is_generated(config):
+        ignored |= {"problems"}
+    return {name: value for name, value in vars(config).items() if name not in ignored}
+
+
+def solutions(config: argparse.Namespace) -> dict[str, list[str]]:
+    """The calculations that solve each generated held-out problem, by its question."""
+    if not is_generated(config):
         return {}
-    problems = run.load_data(config_of(config))[2]["held-out"]
-    return {problem.question: calculations(format_rationale(problem.rationale)) for problem in problems}
+    _, _, tests = run.load_data(config)
+    found = {}
+    for problem in tests["held-out"]:
+        found[problem.question] = calculations(format_rationale(problem.rationale))
+    return found
 
 
 def calculations(rationale: str) -> list[str]:
@@ -68,216 +116,429 @@ def calculations(rationale: str) -> list[str]:
     return re.findall(r"\[ ([^\]]*)\]", rationale)
 
 
+def calculator_calls(rationale: str) -> list[str]:
+    """What the calculator was asked: `[ 2 + 3 = 5]` -> 2 + 3, the spaces included."""
+    return re.findall(r"\[([^\[=]*)=", rationale)
+
+
+def has_answer(rationale: str, gold: float | str) -> bool:
+    """Whether there is an answer at all, be it right or wrong."""
+    if isinstance(gold, str):
+        return "#### " in rationale
+    return extract_answer(rationale) is not None
+
+
+def chances(rows: list[dict], k: int) -> list[float]:
+    """pass@k of each row's question."""
+    return [pass_at_k(len(row["correct"]), sum(row["correct"]), k) for row in rows]
+
+
 def about_samples(rows: list[dict], tokenizer: Tokenizer, k: int) -> dict[str, float]:
-    """What sampled rationales are like, in % where no unit is said."""
-    texts, k = [text for row in rows for text in row["rationales"]], min(k, len(rows[0]["rationales"]))
-    counts = [(len(row["rationales"]), sum(is_correct(text, row["answer"]) for text in row["rationales"])) for row in rows]
-    calls = [text.partition("=")[0] for rationale in texts for text in rationale.split("[")[1:] if "=" in text]
-    pairs = [jaccard(*map(tokenizer.piece_set, pair)) for row in rows for pair in itertools.combinations(row["rationales"], 2)]
-    share = lambda found, of: 100 * sum(found) / max(1, len(of))
+    """What sampled rationales are like, in % where no unit is said. rows: of a file of samples."""
+    k = min(k, len(rows[0]["rationales"]))
+    n = 0
+    n_without = 0
+    n_cut = 0
+    calls = []
+    similarities = []
+    for row in rows:
+        n += len(row["rationales"])
+        n_cut += row["finished"].count(False)
+        for rationale in row["rationales"]:
+            calls += calculator_calls(rationale)
+            n_without += not has_answer(rationale, row["answer"])
+        pieces = [tokenizer.piece_set(rationale) for rationale in row["rationales"]]
+        for one, other in itertools.combinations(pieces, 2):
+            similarities.append(jaccard(one, other))
+    n_refused = sum(calculate(call) is None for call in calls)
     return {
-        "pass@1": 100 * statistics.mean(pass_at_k(n, c, 1) for n, c in counts),
-        f"pass@{k}": 100 * statistics.mean(pass_at_k(n, c, k) for n, c in counts),
-        "similarity of two (Jaccard)": 100 * statistics.mean(pairs or [1]),
-        "calculator calls per rationale": len(calls) / max(1, len(texts)),
-        "calls that do not evaluate": share((calculate(call) is None for call in calls), calls),
-        "without an answer": share(("#### " not in text if isinstance(row["answer"], str) else extract_answer(text) is None
-                                    for row in rows for text in row["rationales"]), texts),
-        "cut at the limit": share((not done for row in rows for done in row["finished"]), texts),
-    }  # fmt: skip
+        "pass@1": 100 * statistics.mean(chances(rows, 1)),
+        f"pass@{k}": 100 * statistics.mean(chances(rows, k)),
+        "similarity of two (Jaccard)": 100 * statistics.mean(similarities or [1]),
+        "calculator calls per rationale": len(calls) / n,
+        "calls that do not evaluate": 100 * n_refused / max(1, len(calls)),
+        "without an answer": 100 * n_without / n,
+        "cut at the limit": 100 * n_cut / n,
+    }
 
 
-@cache
-def measure(path: Path) -> dict[str, dict[str, float]]:
-    """All numbers of a run by stage: accuracies of the model that a round ends with, and how it came about."""
-    folder, found = RunFolder(path), {}
-    config = json.loads((path / "config.json").read_text())
-    steps, vocabulary = expected(config), path / "warm-up" / "sft"
-    for stage in ("warm-up", *(f"{method}/round-{n + 1}" for method in NAMES for n in range(config["rounds"]))):
-        numbers = {}
-        if file := folder.find(f"{stage}/evaluation.jsonl"):
-            rows = read_jsonl(file)
-            made = [row for row in rows if row["calculator"] and row["test"] == "held-out" and row["question"] in steps]
-            made.sort(key=lambda row: len(steps[row["question"]]))
-            rows += [{**row, "test": f"{len(steps[row['question']])} steps"} for row in made]
-            numbers |= {test: accuracy for test, (accuracy, _, _) in accuracies(rows).items()}
-            if right := [row for row in made if is_correct(row["rationales"][0], row["answer"])]:
-                same = [calculations(row["rationales"][0]) == steps[row["question"]] for row in right]
-                numbers[EXPECTED] = 100 * statistics.mean(same)
-        for kind, title in (("samples-for-pairs", "before"), ("samples-for-labels", "after")):
-            if file := folder.find(f"{stage}/{kind}.jsonl"):
-                rows, tokenizer = read_jsonl(file), Tokenizer(vocabulary)
-                numbers |= {f"{title}: {name}": value for name, value in about_samples(rows, tokenizer, 3).items()}
-                problems = [Problem(row["question"], row["answer"]) for row in rows]  # their gold rationales do not count
-                labels = make_pseudo_labels(problems, [row["rationales"][:3] for row in rows], tokenizer)
-                numbers[f"{title}: pseudo-labels of 3 samples"] = len(labels)
-        if file := folder.find(f"{stage}/pseudo-labels.jsonl"):
-            numbers["pseudo-labels"] = len(read_jsonl(file))
-            numbers["correct labels"] = numbers.get("after: pass@1", math.nan)
-        if numbers:
-            found[stage] = numbers
+def count_labels(rows: list[dict], tokenizer: Tokenizer, n_samples: int) -> int:
+    """How many pseudo-labels the first n_samples of each question give, gold rationales aside."""
+    problems = [Problem(row["question"], row["answer"]) for row in rows]
+    samples = [row["rationales"][:n_samples] for row in rows]
+    return len(make_pseudo_labels(problems, samples, tokenizer))
+
+
+def about_answers(rows: list[dict], solved_by: dict[str, list[str]]) -> dict[str, dict]:
+    """The first three groups of `measure`, from the rows of an evaluation."""
+    known = []
+    for row in rows:
+        if row["test"] == "held-out" and row["calculator"] and row["question"] in solved_by:
+            known.append(row)
+    known.sort(key=lambda row: len(solved_by[row["question"]]))
+    by_steps = []  # the same rows again, as tests of their own
+    for row in known:
+        by_steps.append(row | {"test": f"{len(solved_by[row['question']])} steps"})
+    rows = rows + by_steps
+    problems = Counter()
+    for row in rows:
+        suffix = "" if row["calculator"] else " without calculator"
+        problems[row["test"] + suffix] += 1
+    groups = {"accuracy": accuracies(rows), "problems": problems}
+    right = [row for row in known if row["correct"][0]]
+    if right:
+        n_same = 0
+        for row in right:
+            n_same += calculations(row["rationales"][0]) == solved_by[row["question"]]
+        groups["right answers"] = {EXPECTED: 100 * n_same / len(right)}
+    return groups
+
+
+def measure(folder: Path) -> dict[str, dict[str, dict]]:
+    """All numbers of a run: stage -> group -> name -> number. What is not there yet is left out.
+
+    The groups: "accuracy" of the model that a stage ends with, by test, in %; "problems", how many
+    each test has; "right answers", by which calculations, in %; and what samples on U are like,
+    "before" the DPO step (drawn for pairs) and "after" it (drawn for pseudo-labels).
+    """
+    config = config_of(folder)
+    solved_by = solutions(config)
+    tokenizer = Tokenizer(folder / "warm-up" / "sft")
+    stages = ["warm-up"]
+    for method in NAMES:
+        for number in range(1, config.rounds + 1):
+            stages.append(f"{method}/round-{number}")
+    found = {}
+    for stage in stages:
+        groups = {}
+        evaluation = folder / stage / "evaluation.jsonl"
+        if evaluation.exists():
+            groups |= about_answers(read_jsonl(evaluation), solved_by)
+        for group, purpose in (("before", "pairs"), ("after", "labels")):
+            samples = folder / stage / f"samples-for-{purpose}.jsonl"
+            if samples.exists():
+                rows = read_jsonl(samples)
+                groups[group] = about_samples(rows, tokenizer, 3)
+                groups[group]["pseudo-labels of 3 samples"] = count_labels(rows, tokenizer, 3)
+        if groups:
+            found[stage] = groups
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
-def table(title: str, runs: list[dict], stages: list[str], columns: list[str], digits: int = 1) -> None:
-    print(f"\n{title}\n\n| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+def values_of(runs: list[dict], stage: str, group: str, name: str) -> list[float]:
+    """One number of every run that has it."""
+    values = []
+    for found in runs:
+        value = found.get(stage, {}).get(group, {}).get(name)
+        if value is not None:
+            values.append(value)
+    return values
+
+
+def first_test(runs: list[dict]) -> str:
+    """The test set that differences and pictures are about."""
+    return next(iter(runs[0]["warm-up"]["accuracy"]))
+
+
+def stages_of(runs: list[dict]) -> list[str]:
+    """All stages that any run has, in their order."""
+    stages = []
+    for found in runs:
+        for stage in found:
+            if stage not in stages:
+                stages.append(stage)
+    return stages
+
+
+def columns_of(runs: list[dict], group: str) -> list[str]:
+    """The names of all numbers of a group that any run has, in their order."""
+    columns = []
+    for found in runs:
+        for groups in found.values():
+            for name in groups.get(group, {}):
+                if name not in columns:
+                    columns.append(name)
+    return columns
+
+
+def write_cell(runs: list[dict], stage: str, group: str, name: str) -> str:
+    """One number of all runs, as a table shows it."""
+    values = values_of(runs, stage, group, name)
+    if not values:
+        return ""
+    text = spread(values)
+    if group == "accuracy" and len(runs) == 1:
+        n = runs[0][stage]["problems"][name]
+        low, high = wilson(round(values[0] * n / 100), n)
+        text += f" ({100 * low:.1f} to {100 * high:.1f})"
+    return text
+
+
+def print_rows(header: list[str], rows: list[list[str]]) -> None:
+    """A table in Markdown; rows without any number are left out."""
+    print(f"| {' | '.join(header)} |")
+    print("|---" * len(header) + "|")
+    for row in rows:
+        if any(row[1:]):
+            print(f"| {' | '.join(row)} |")
+
+
+def print_table(title: str, runs: list[dict], group: str) -> None:
+    """A row for each stage, a column for each number of the group; nothing where there is none."""
+    columns = columns_of(runs, group)
+    if not columns:
+        return
+    print(f"\n{title}\n")
+    rows = []
+    for stage in stages_of(runs):
+        rows.append([stage] + [write_cell(runs, stage, group, name) for name in columns])
+    print_rows(["", *columns], rows)
+
+
+def paired_differences(runs: list[dict], stage: str, other: str) -> list[float]:
+    """The first test's accuracy after `stage` minus that after `other`, in runs that have both."""
+    test = first_test(runs)
+    differences = []
+    for found in runs:
+        one = values_of([found], stage, "accuracy", test)
+        two = values_of([found], other, "accuracy", test)
+        if one and two:
+            differences.append(one[0] - two[0])
+    return differences
+
+
+def print_differences(runs: list[dict]) -> None:
+    """What self-training gains, and what DPO-ST gains over ST."""
+    print()
+    stages = stages_of(runs)
+    for stage in stages[1:]:
+        gains = paired_differences(runs, stage, "warm-up")
+        if gains:
+            print(f"{stage} minus SFT: {interval(gains)} points")
     for stage in stages:
-        cells = [[r[stage][column] for r in runs if column in r.get(stage, {})] for column in columns]
-        if any(cells):
-            print(f"| {stage} | " + " | ".join(spread(cell, digits) if cell else "" for cell in cells) + " |")
+        method, _, place = stage.partition("/")
+        gains = paired_differences(runs, f"dpo-st/{place}", stage)
+        if method == "st" and gains:
+            print(f"DPO-ST minus ST, {place.replace('-', ' ')}: {interval(gains)} points")
 
 
 def print_tables(runs: list[dict]) -> None:
-    stages = list(dict.fromkeys(stage for found in runs for stage in found))
-    names = list(dict.fromkeys(name for found in runs for name in found["warm-up"] if name != EXPECTED))
-    table(f"Greedy accuracy in %, mean ± standard deviation over {len(runs)} runs:", runs, stages, names)
-    if any(EXPECTED in numbers for found in runs for numbers in found.values()):
-        table("Right held-out answers, in % of these:", runs, stages, [EXPECTED])
-    for when in ("before", "after"):
-        rows = [{s: {n.removeprefix(f"{when}: "): v for n, v in numbers.items() if n.startswith(when)} for s, numbers in r.items()} for r in runs]
-        columns = list(dict.fromkeys(name for found in rows for numbers in found.values() for name in numbers))
-        if columns:
-            table(f"Samples on U, drawn {'for pairs' if when == 'before' else 'for pseudo-labels'}:", rows, stages, columns)
-    test = names[0]
-    print()
-    for stage in stages[1:]:
-        gains = [found[stage][test] - found["warm-up"][test] for found in runs if test in found.get(stage, {})]
-        print(f"{stage} minus SFT: {interval(gains)} points")
-    for n in range(1, 1 + sum(stage.startswith("st/") for stage in stages)):
-        both = [found for found in runs if all(test in found.get(f"{method}/round-{n}", {}) for method in NAMES)]
-        if both:
-            print(f"DPO-ST minus ST, round {n}: {interval([r[f'dpo-st/round-{n}'][test] - r[f'st/round-{n}'][test] for r in both])} points")
+    how = f"mean ± standard deviation over {len(runs)} runs"
+    if len(runs) == 1:
+        how = "with the 95 % interval of a single run"
+    print_table(f"Greedy accuracy in %, {how}:", runs, "accuracy")
+    print_table("Right held-out answers, in % of these:", runs, "right answers")
+    print_table("Samples on U, drawn for pairs:", runs, "before")
+    print_table("Samples on U, drawn for pseudo-labels:", runs, "after")
+    print_differences(runs)
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
-def band(axes, x: list, rows: list[list[float]], name: str, color: str, **style) -> None:
-    """A line through the means of rows, one row per seed, and a band of one standard deviation."""
+def new_figure(width: float, height: float, n_panels: int = 1) -> tuple:
+    """An empty picture, in inches, and its panel, or an array of them."""
+    from matplotlib.figure import Figure  # here, for the tables need none of it
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(1, n_panels)
+
+
+def draw_band(
+    axes, x: Sequence, rows: list, label: str, color: str, linestyle: str = "-", marker: str = ""
+) -> None:
+    """A line through the means of rows, one row per run, and a band of one standard deviation."""
     columns = list(zip(*rows))
     means = [statistics.mean(column) for column in columns]
-    axes.plot(x, means, color=color, label=name, **style)
+    axes.plot(x, means, color=color, label=label, linestyle=linestyle, marker=marker)
     if len(rows) > 1:
         deviations = [statistics.stdev(column) for column in columns]
-        axes.fill_between(x, [m - d for m, d in zip(means, deviations)], [m + d for m, d in zip(means, deviations)], color=color, alpha=0.2)
+        low = [mean - deviation for mean, deviation in zip(means, deviations)]
+        high = [mean + deviation for mean, deviation in zip(means, deviations)]
+        axes.fill_between(x, low, high, color=color, alpha=0.2)
 
 
-def per_round(runs: list[dict], method: str, name: str) -> list[list[float]]:
-    stages = ["warm-up", *sorted(stage for stage in runs[0] if stage.startswith(f"{method}/") and name in runs[0][stage])]
-    return [[found[stage][name] for stage in stages] for found in runs if all(name in found.get(stage, {}) for stage in stages)]
+def add_legend(axes, **options) -> None:
+    """Name the lines, if there are any yet."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**options)
+
+
+def per_round(runs: list[dict], method: str, test: str) -> list[list[float]]:
+    """Accuracy after SFT and after each round, for those runs that have ended most rounds."""
+    curves = []
+    for found in runs:
+        curve = values_of([found], "warm-up", "accuracy", test)
+        for number in range(1, len(found) + 1):
+            curve += values_of([found], f"{method}/round-{number}", "accuracy", test)
+        curves.append(curve)
+    longest = max(len(curve) for curve in curves)
+    return [curve for curve in curves if len(curve) == longest]
+
+
+def draw_rounds(runs: list[dict], lines: Sequence[tuple[str, str, str]]):
+    """Accuracy over rounds, both methods. lines: a test, what its line is called, and its style."""
+    figure, axes = new_figure(6.5, 4.5)
+    last = 0
+    for method in NAMES:
+        for test, name, style in lines:
+            rows = per_round(runs, method, test)
+            rounds = range(len(rows[0]))
+            if len(rounds) > 1:
+                label = NAMES[method] + name
+                draw_band(axes, rounds, rows, label, COLORS[method], style, marker="o")
+                last = max(last, rounds[-1])
+    axes.set_xlabel("round (0: SFT)")
+    axes.set_ylabel(f"greedy accuracy, {first_test(runs)} (%)")
+    axes.set_xticks(range(last + 1))
+    add_legend(axes)
+    return figure
+
+
+def draw_dpo_step(runs: list[dict]):
+    """What the first DPO step does to samples on U; None where not all runs have come so far."""
+    stage = "dpo-st/round-1"
+    figure, panels = new_figure(10, 4, 3)
+    for axes, name in zip(panels, ("pass@1", "pass@3", "pseudo-labels of 3 samples")):
+        for x, when, color in ((0, "before", "#999999"), (1, "after", RED)):
+            values = values_of(runs, stage, when, name)
+            if len(values) < len(runs):
+                return None
+            error = statistics.stdev(values) if len(values) > 1 else None
+            axes.bar(x, statistics.mean(values), yerr=error, capsize=6, color=color)
+        axes.set_xticks((0, 1), ("before DPO", "after DPO"))
+        axes.set_ylabel(f"{name} (%)" if "@" in name else name)
+    return figure
+
+
+def draw_logged(
+    axes, logs: list[list[dict]], stage: str, number: str, label: str, color: str
+) -> None:
+    """A number over the optimiser steps of a training; nothing where no run has logged it."""
+    curves = []
+    for log in logs:
+        curve = {}
+        for record in log:
+            if record["stage"] == stage and number in record:
+                curve[record["step"]] = record[number]
+        if curve:
+            curves.append(curve)
+    if not curves:
+        return
+    steps = sorted(set(curves[0]).intersection(*curves))  # that all of them have logged
+    rows = []
+    for curve in curves:
+        rows.append([curve[step] for step in steps])
+    draw_band(axes, steps, rows, label, color)
+
+
+def draw_dpo_curves(logs: list[list[dict]]):
+    """Loss, rewards and order of the pairs in the first DPO step."""
+    stage = "dpo-st/round-1/dpo"
+    figure, (losses, rewards, order) = new_figure(14, 4.2, 3)
+    draw_logged(losses, logs, stage, "loss", "loss", RED)
+    losses.axhline(math.log(2), color="grey", linewidth=1)
+    losses.annotate("log 2", (0, math.log(2)), color="grey", va="bottom")
+    losses.set_ylabel("DPO loss (nats per pair)")
+    draw_logged(rewards, logs, stage, "chosen_rewards", "chosen", GREEN)
+    draw_logged(rewards, logs, stage, "rejected_rewards", "rejected", PINK)
+    draw_logged(rewards, logs, stage, "reward_margin", "margin", "black")
+    rewards.set_ylabel("reward (beta times nats)")
+    add_legend(rewards, fontsize=9)
+    draw_logged(order, logs, stage, "reward_accuracy", "accuracy", RED)
+    order.set_ylabel("pairs in the right order (share)")
+    for axes in (losses, rewards, order):
+        axes.set_xlabel("optimiser step")
+    return figure
+
+
+def draw_sft_loss(logs: list[list[dict]]):
+    """The loss of SFT, on labeled problems alone and with the first pseudo-labels."""
+    figure, axes = new_figure(6.5, 4.5)
+    draw_logged(axes, logs, "warm-up/sft", "loss", "warm-up", "black")
+    for method, name in NAMES.items():
+        stage = f"{method}/round-1/sft"
+        draw_logged(axes, logs, stage, "loss", f"{name}, round 1", COLORS[method])
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("SFT loss (nats per token)")
+    axes.set_yscale("log")
+    add_legend(axes)
+    return figure
 
 
 def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
+    """Write all pictures; the same runs give the same SVG to the byte."""
     try:
         import matplotlib
     except ImportError:
-        return print("\nFor pictures: pip install matplotlib, and the same command again", file=sys.stderr)
-    matplotlib.use("agg")
-    matplotlib.rcParams |= {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "dpo-st", "lines.linewidth": 2}
-    import matplotlib.pyplot as plt
-
+        advice = "For pictures: pip install matplotlib, and the same command again"
+        print(f"\n{advice}", file=sys.stderr)
+        return
+    matplotlib.rcParams["font.size"] = 13
+    matplotlib.rcParams["lines.linewidth"] = 2
+    matplotlib.rcParams["axes.spines.top"] = False
+    matplotlib.rcParams["axes.spines.right"] = False
+    matplotlib.rcParams["svg.hashsalt"] = "dpo-st"  # else its ids are drawn anew each time
+    test = first_test(runs)
+    logs = [read_jsonl(folder / "log.jsonl") for folder in folders]
+    both = (
+        (test, ", with calculator", "-"),
+        (f"{test} without calculator", ", without calculator", "--"),
+    )
+    pictures = {
+        "accuracy-per-round": draw_rounds(runs, [(test, "", "-")]),  # the paper's figure 5
+        "dpo-step": draw_dpo_step(runs),  # figure 6
+        "calculator": draw_rounds(runs, both),  # figure 7
+        "dpo-curves": draw_dpo_curves(logs),
+        "sft-loss": draw_sft_loss(logs),
+    }
     out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            figure.tight_layout()
+            figure.savefig(out / f"{name}.png", dpi=150)
+            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+            written.append(name)
+    print(f"\nPictures in {out}: {', '.join(written)}")
 
-    def save(figure, name: str) -> None:
-        figure.tight_layout()
-        for ending in ("png", "svg"):
-            figure.savefig(out / f"{name}.{ending}", **({"dpi": 150} if ending == "png" else {"metadata": {"Date": None}}))
-        plt.close(figure)
 
-    test = next(iter(runs[0]["warm-up"]))
-    methods = [method for method in NAMES if len(per_round(runs, method, test)[0]) > 1]
-    rounds = range(1 + max((len(per_round(runs, method, test)[0]) - 1 for method in methods), default=0))
+# ---------------------------------------------------------------------------------------- the whole
 
-    figure, axes = plt.subplots(figsize=(6.5, 4.5))  # the paper's figure 5
-    for method in methods:
-        rows = per_round(runs, method, test)
-        band(axes, list(range(len(rows[0]))), rows, NAMES[method], COLORS[method], marker="o")
-    axes.set(xlabel="round (0: SFT)", ylabel=f"greedy accuracy, {test} (%)", xticks=rounds)
-    if methods:
-        axes.legend()
-    save(figure, "accuracy-per-round")
 
-    figure, axes = plt.subplots(figsize=(6.5, 4.5))  # figure 7
-    for method in methods:
-        for name, label, line in ((test, "with", "-"), (f"{test} without calculator", "without", "--")):
-            rows = per_round(runs, method, name)
-            band(axes, list(range(len(rows[0]))), rows, f"{NAMES[method]}, {label} calculator", COLORS[method], marker="o", linestyle=line)
-    axes.set(xlabel="round (0: SFT)", ylabel=f"greedy accuracy, {test} (%)", xticks=rounds)
-    if methods:
-        axes.legend()
-    save(figure, "calculator")
-
-    stage = "dpo-st/round-1"
-    if all(f"after: {name}" in r.get(stage, {}) for r in runs for name in ("pass@1", "pass@3")):  # figure 6
-        figure, panels = plt.subplots(1, 3, figsize=(10, 4))
-        for axes, name in zip(panels, ("pass@1", "pass@3", "pseudo-labels of 3 samples")):
-            for x, when in enumerate(("before", "after")):
-                values = [r[stage][f"{when}: {name}"] for r in runs]
-                error = statistics.stdev(values) if len(values) > 1 else None
-                axes.bar(x, statistics.mean(values), yerr=error, capsize=6, color=COLORS["dpo-st"] if x else "#999999")
-            axes.set(xticks=(0, 1), xticklabels=("before DPO", "after DPO"), ylabel=f"{name} (%)" if "@" in name else name)
-        save(figure, "dpo-step")
-
-    logs = [[record for record in read_jsonl(folder / "log.jsonl") if "step" in record] for folder in folders]
-    curves = defaultdict(list)  # (stage, number) -> a run's {step: value}
-    for log in logs:
-        for stage, number in {(record["stage"], name) for record in log for name in record if name not in ("stage", "step")}:
-            steps = {record["step"]: record[number] for record in log if record["stage"] == stage and number in record}
-            curves[stage, number].append(steps)
-
-    def curve(axes, stage: str, number: str, label: str, color: str, **style) -> None:
-        of_runs = curves.get((stage, number), [])
-        steps = sorted(set.intersection(*map(set, of_runs))) if of_runs else []
-        if steps:
-            band(axes, steps, [[steps_of[step] for step in steps] for steps_of in of_runs], label, color, **style)
-
-    stage = "dpo-st/round-1/dpo"
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2))
-    for prefix, label, line in (("", "trained on", "-"), ("held_out_", "held out", "--")):
-        curve(panels[0], stage, f"{prefix}loss", label, COLORS["dpo-st"], linestyle=line)
-        curve(panels[1], stage, f"{prefix}chosen_rewards", f"chosen, {label}", COLORS["other"], linestyle=line)
-        curve(panels[1], stage, f"{prefix}rejected_rewards", f"rejected, {label}", COLORS["third"], linestyle=line)
-        curve(panels[1], stage, f"{prefix}reward_margin", f"margin, {label}", "black", linestyle=line)
-        curve(panels[2], stage, f"{prefix}reward_accuracy", label, COLORS["dpo-st"], linestyle=line)
-    panels[0].axhline(math.log(2), color="grey", linewidth=1)
-    panels[0].annotate("log 2", (0, math.log(2)), color="grey", va="bottom")
-    for axes, label in zip(panels, ("DPO loss (nats per pair)", "reward (beta times nats)", "pairs in the right order (share)")):
-        axes.set(xlabel="optimiser step", ylabel=label)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=9)
-    save(figure, "dpo-curves")
-
-    figure, axes = plt.subplots(figsize=(6.5, 4.5))
-    curve(axes, "warm-up/sft", "loss", "warm-up", "black")
-    for method in methods:
-        curve(axes, f"{method}/round-1/sft", "loss", f"{NAMES[method]}, round 1", COLORS[method])
-    axes.set(xlabel="optimiser step", ylabel="SFT loss (nats per token)", yscale="log")
-    axes.legend()
-    save(figure, "sft-loss")
-    print(f"\nPictures: {', '.join(sorted(path.name for path in out.glob('*.svg')))} in {out}")
+def usable(paths: list[Path]) -> list[Path]:
+    """The folders that have anything to report, each once; of the others it is said why not."""
+    folders = []
+    places = set()
+    for path in paths:
+        if path.resolve() in places:
+            continue
+        places.add(path.resolve())
+        if not (path / "config.json").exists():
+            print(f"{path}: there is no run, left out", file=sys.stderr)
+        elif not (path / "warm-up" / "evaluation.jsonl").exists():
+            print(f"{path}: no evaluation yet, left out", file=sys.stderr)
+        else:
+            folders.append(path)
+    return folders
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, help="folder of the pictures; default: figures/ in the first run's folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("--out", type=Path, help="of the pictures (figures/ in the first folder)")
     args = parser.parse_args(argv)
-    folders, kinds = [], defaultdict(list)
-    for folder in {path.resolve(): path for path in args.runs}.values():  # one that is named twice is one run
-        if not (folder / "config.json").exists():
-            print(f"{folder}: there is no run, left out", file=sys.stderr)
-            continue
-        if not RunFolder(folder).find("warm-up/evaluation.jsonl"):
-            print(f"{folder}: no evaluation yet, left out", file=sys.stderr)
-            continue
-        config = asdict(config_of(json.loads((folder / "config.json").read_text())))
-        kinds[json.dumps({**config, **dict.fromkeys(("seed", *LIMITS))}, sort_keys=True)].append(folder)
-        folders.append(folder)
-    if len(kinds) != 1:
-        sys.exit(f"report: {'these runs differ in more than the seed' if kinds else 'nothing to report'}: give runs of one kind")
+    folders = usable(args.runs)
+    if not folders:
+        sys.exit("report: nothing to report: give folders of runs")
+    kinds = [kind_of(config_of(folder)) for folder in folders]
+    if any(kind != kinds[0] for kind in kinds):
+        sys.exit("report: these runs differ in more than the seed: give runs of one kind")
     runs = [measure(folder) for folder in folders]
     print_tables(runs)
     draw(folders, runs, args.out or folders[0] / "figures")
