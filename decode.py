@@ -171,9 +171,8 @@ class KVCache:
         # The column that this step writes in every slot; a slot without work stays at the last one.
         self.now = self.lengths.clamp(max=self.own.shape[4] - 1)
         self.lengths += 1
-        age = (
-            self.now[:, None] - self.columns[: self.window]
-        )  # (B, T); negative: not of this rationale
+        # How long ago each column was written; negative: not by this rationale.
+        age = self.now[:, None] - self.columns[: self.window]  # (B, T)
         bias = self.bias_by_age[:, age.clamp(min=0)].transpose(0, 1)  # (B, H, T)
         bias = bias + torch.where(age >= 0, 0.0, MASKED)[:, None, :]
         source_columns = self.columns[: self.cross.shape[4]]
@@ -200,7 +199,8 @@ def encode_questions(model: T5, tokenizer: Tokenizer, questions: list[str]) -> l
         group = order[start : start + ENCODE_BATCH]
         input_ids, mask = pad_batch([ids[i] for i in group], model.device)
         encoded = model.encode(input_ids, mask)
-        for i, row in zip(group, encoded):
+        # Without its padding, and as a copy: a view would keep the whole batch in memory.
+        for i, row in zip(group, encoded, strict=True):
             states[i] = row[: len(ids[i])].clone()
     return states
 
@@ -323,9 +323,8 @@ def main() -> None:
         return
     for n in (1, 32):
         began = time.perf_counter()
-        samples = generate(
-            model, tokenizer, ["Tom has 6 boxes with 24 pens in each. How many?"] * n
-        )
+        questions = ["Tom has 6 boxes with 24 pens in each. How many?"] * n
+        samples = generate(model, tokenizer, questions)
         n_tokens = sum(len(sample.ids) for [sample] in samples)
         print(f"{n:2} at a time: {n_tokens / (time.perf_counter() - began):,.0f} tokens/s")
 

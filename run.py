@@ -30,9 +30,8 @@ from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, format_rationale
 
 HERE = Path(__file__).resolve().parent
 TESTS = ("GSM8K", "MultiArith", "ASDiv", "SVAMP")
-TABLE_2 = json.loads(
-    (HERE / "data" / "table_2.json").read_text()
-)  # the paper's, in the order of TESTS
+# The paper's results, in the order of TESTS.
+TABLE_2 = json.loads((HERE / "data" / "table_2.json").read_text())
 
 TINY = {  # DIFFERS: for --size tiny these numbers are our choice; its model has no dropout
     "method": "both",

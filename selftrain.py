@@ -130,6 +130,7 @@ def make_pseudo_labels(
     The gold rationale, where there is one, comes first, so the result is L + S_a where U and L
     share questions. The number kept per question is capped at a percentile of that number over the
     questions that have any. Source: section 3.1; the cap and gold: authors' code, make_rft_data.py.
+    DIFFERS: the authors format these texts a second time, so that theirs end in `#### 24.`.
     """
     kept = []
     for problem, rationales in zip(problems, samples, strict=True):

@@ -145,8 +145,8 @@ def train(
     items have a length in tokens and a `weight`. loss_of(model, items) returns sums over the items,
     the "loss" among them. Each is divided by the weight of the whole batch, so that, but for
     dropout's draw, nothing depends on how the batch is cut, nor on how many processes share it.
-    Raises ValueError without items, FloatingPointError when the gradient is not finite. DIFFERS:
-    weight decay includes norms and position biases, which the authors' framework spares.
+    Raises ValueError without items, FloatingPointError when the gradient is not finite.
+    DIFFERS: weight decay includes norms and position biases, which the authors' framework spares.
     """
     if not items:
         raise ValueError(

@@ -321,8 +321,8 @@ def test_a_new_tenant_never_sees_the_old_cache(model, tokenizer, monkeypatch):
     admit, admitted = KVCache.admit, []
 
     def haunted(self, slots, net, states):
-        for part in (self.keys, self.values, self.source_keys, self.source_values):
-            part[:, slots] = 1e4
+        for part in (self.own, self.cross):
+            part[:, :, slots] = 1e4
         admitted.extend(slots)
         admit(self, slots, net, states)
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_decode import QUESTIONS, model, tokenizer  # noqa: F401 (fixtures)
 
 import decode
 import run
@@ -12,7 +13,6 @@ from decode import KVCache, generate
 from dpo import PairExample, pair_loss
 from model import SIZES, T5
 from sft import Example, sft_loss
-from test_decode import QUESTIONS, model, tokenizer  # noqa: F401 (fixtures)
 from tokenizer import EOS_ID
 
 OPTIONS = [
@@ -30,7 +30,7 @@ def test_a_step_never_looks_at_a_number():
         net = T5(SIZES["base"]).eval()
         cache = KVCache(net, 5, 40, 17)
         logits = net.step(torch.zeros(5, dtype=torch.long), cache)
-    assert logits.shape == (5, SIZES["base"].vocab_size) and cache.keys.is_meta
+    assert logits.shape == (5, SIZES["base"].vocab_size) and cache.own.is_meta
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_gpu_recorded_steps_write_what_eager_ones_write(on_gpu, tokenizer, monke
     """In fp32 the recording runs the kernels that the same step runs by itself: not a letter may differ."""
     options = options | {"max_new_tokens": 40, "batch_size": 4}
     recorded = generate(on_gpu, tokenizer, QUESTIONS, **options)
-    monkeypatch.setattr(decode, "record_step", lambda model, cache: model.step)
+    monkeypatch.setattr(decode, "record_step", lambda net, cache: net.step)
     assert generate(on_gpu, tokenizer, QUESTIONS, **options) == recorded
     on_cpu = generate(copy.deepcopy(on_gpu).cpu(), tokenizer, QUESTIONS, **options)
     equal = [a == b for a, b in zip(on_cpu, recorded, strict=True)]

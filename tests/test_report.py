@@ -1,145 +1,287 @@
-"""tests/bench/report.py: the paper's tables and figures come from run folders alone, and the numbers are those of the folder."""
+"""tests/bench/report.py: tables and figures come from run folders alone, and say what is in them."""
 
 import json
 import shutil
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
-
-import run
 from conftest import ROOT
-from data.folder import RunFolder
-from data.problems import write_jsonl
-from run import Config, load_data
+
+from data.folder import open_folder
+from data.problems import Problem, write_jsonl
+from run import load_data, parse_args
 from tests.bench import report, tallest
 from tokenizer import format_rationale
 
-CONFIG = Config(rounds=1, n_labeled=4, n_unlabeled=6, n_test=8, dpo_samples=5, sft_samples=3)
+FLAGS = "--rounds 1 --n-labeled 4 --n-unlabeled 6 --n-test 8 --seed 0 --device cpu".split()
+PICTURES = {"accuracy-per-round", "calculator", "dpo-step", "dpo-curves", "sft-loss"}
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(rows, path)
+
+
+def make_row(problem: Problem, rationales: list[str], n_right: int) -> dict:
+    """What a run keeps of one problem, the first n_right rationales being right."""
+    n = len(rationales)
+    return {
+        "question": problem.question,
+        "answer": problem.answer,
+        "rationales": rationales,
+        "correct": [number < n_right for number in range(n)],
+        "finished": [True] * n,
+    }
+
+
+def make_evaluation(problems: list[Problem], n_right: int) -> list[dict]:
+    """The first n_right problems are solved: the first one by its own steps, the others by none."""
+    rows = []
+    for calculator in (True, False):
+        for i, problem in enumerate(problems):
+            text = f"so. #### {problem.answer if i < n_right else -1:g}"
+            if i == 0:
+                text = format_rationale(problem.rationale)
+            row = {"test": "held-out", "calculator": calculator}
+            rows.append(row | make_row(problem, [text], int(i < n_right)))
+    return rows
+
+
+def make_samples(problems: list[Problem], n: int, n_right: int) -> list[dict]:
+    """n rationales for each problem, the first n_right of which are right."""
+    rows = []
+    for problem in problems:
+        rationales = []
+        for number in range(n):
+            answer = problem.answer if number < n_right else -1
+            rationales.append(f"step {number} [ 1 + {number} = {1 + number}] #### {answer:g}")
+        rows.append(make_row(problem, rationales, n_right))
+    return rows
 
 
 @pytest.fixture
-def run_folder(tmp_path):
-    """A run as run.py leaves it, whose rationales are right exactly where this says: half before DPO, all after it."""
-    config = replace(CONFIG, seed=0)
-    folder = RunFolder(tmp_path / "run-0")
-    folder.open(asdict(config))
-    _, unlabeled, tests = load_data(config)
+def run_folder(tmp_path) -> Path:
+    """A run as run.py leaves it: half of the answers are right before DPO, all after it."""
+    folder = tmp_path / "run-0"
+    config = parse_args([*FLAGS, "--out", str(folder)])
+    problems = load_data(config)
+    _, unlabeled, tests = problems
+    tiny = ROOT / "data" / "tiny"
+    open_folder(folder, vars(config), problems, tiny)
+    shutil.copytree(tiny, folder / "warm-up" / "sft")
+    write(folder / "warm-up" / "evaluation.jsonl", make_evaluation(tests["held-out"], 2))
+    first = folder / "dpo-st" / "round-1"
+    write(first / "samples-for-pairs.jsonl", make_samples(unlabeled, 5, 1))
+    write(first / "samples-for-labels.jsonl", make_samples(unlabeled, 3, 3))
+    labels = [asdict(replace(problem, rationale="#### 1")) for problem in unlabeled[:2]]
+    write(first / "pseudo-labels.jsonl", labels)
+    write(first / "evaluation.jsonl", make_evaluation(tests["held-out"], 6))
+    write(folder / "log.jsonl", [{"stage": "warm-up/sft", "step": 1, "loss": 2.0}])
+    return folder
 
-    def write(name, rows):
-        folder.write(name, lambda path: write_jsonl(rows, path))
 
-    def evaluation(n_right):  # the first one by the problem's own steps, the other right ones by none
-        return [{"test": test, "calculator": on, "question": p.question, "answer": p.answer, "finished": [True],
-                 "rationales": [f"so. #### {p.answer if i < n_right else -1:g}" if i else format_rationale(p.rationale)]}
-                for test, on in (("held-out", True), ("held-out", False)) for i, p in enumerate(tests["held-out"])]  # fmt: skip
-
-    def samples(n, right):
-        texts = lambda p: [f"step {k} [ 1 + {k} = {1 + k}] #### {p.answer if k < right else -1:g}" for k in range(n)]
-        return [{"question": p.question, "answer": p.answer, "rationales": texts(p), "finished": [True] * n} for p in unlabeled]
-
-    write("warm-up/evaluation.jsonl", evaluation(2))
-    write("dpo-st/round-1/samples-for-pairs.jsonl", samples(5, 1))
-    write("dpo-st/round-1/samples-for-labels.jsonl", samples(3, 3))
-    folder.write("warm-up/sft", lambda path: shutil.copytree(ROOT / "data" / "tiny", path))
-    write("dpo-st/round-1/pseudo-labels.jsonl", [asdict(replace(p, rationale="#### 1")) for p in unlabeled[:2]])
-    write("dpo-st/round-1/evaluation.jsonl", evaluation(6))
-    folder.log({"stage": "warm-up/sft", "step": 1, "loss": 2.0})
-    folder.lock.close()
-    return folder.path
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | changes))
 
 
 def test_measures_are_those_of_the_folder(run_folder):
-    """2 of 8, then 6 of 8, of which one has the expected steps; one of five samples right, then three of three; every rationale
-    calls the calculator once."""
+    """2 of 8, then 6 of 8, of which one has the expected steps; one of five samples right, then
+    three of three; every rationale calls the calculator once."""
     found = report.measure(run_folder)
-    assert found["warm-up"]["held-out"] == 25.0 and found["dpo-st/round-1"]["held-out"] == 75.0
-    assert found["warm-up"][report.EXPECTED] == 50.0
-    assert found["dpo-st/round-1"][report.EXPECTED] == pytest.approx(100 / 6)
-    stage = found["dpo-st/round-1"]
-    assert stage["before: pass@1"] == pytest.approx(20) and stage["before: pass@3"] == pytest.approx(60)
-    assert stage["after: pass@1"] == stage["after: pass@3"] == 100 and stage["before: cut at the limit"] == 0
-    assert stage["pseudo-labels"] == 2 and stage["before: pseudo-labels of 3 samples"] == 6
-    assert stage["before: calculator calls per rationale"] == 1 and stage["before: calls that do not evaluate"] == 0
+    warm_up = found["warm-up"]
+    assert warm_up["accuracy"]["held-out"] == 25
+    assert warm_up["problems"]["held-out"] == 8
+    assert warm_up["problems"]["2 steps"] + warm_up["problems"]["3 steps"] == 8
+    assert warm_up["right answers"][report.EXPECTED] == 50
+    last = found["dpo-st/round-1"]
+    assert last["accuracy"]["held-out"] == 75
+    assert last["right answers"][report.EXPECTED] == pytest.approx(100 / 6)
+    assert last["before"]["pass@1"] == pytest.approx(20)
+    assert last["before"]["pass@3"] == pytest.approx(60)
+    assert last["before"]["pseudo-labels of 3 samples"] == 6
+    assert last["before"]["calculator calls per rationale"] == 1
+    assert last["before"]["calls that do not evaluate"] == 0
+    assert last["before"]["cut at the limit"] == 0
+    assert last["after"]["pass@1"] == last["after"]["pass@3"] == 100
 
 
-def test_seeds_are_merged_and_other_kinds_refused(run_folder, tmp_path, monkeypatch, capsys):
-    """Means over runs that differ in more than the seed would say nothing. An unfinished run still has its tables."""
+def test_accuracy_by_steps_adds_up_to_accuracy(run_folder):
+    """Problems of two and of three steps are the same problems, sorted: none may be lost."""
+    for groups in report.measure(run_folder).values():
+        n_right = 0.0
+        for test in ("2 steps", "3 steps"):
+            n_right += groups["accuracy"][test] * groups["problems"][test]
+        assert n_right == pytest.approx(groups["accuracy"]["held-out"] * 8)
+
+
+@pytest.mark.parametrize(
+    "n_right, n", [(0, 20), (1, 20), (10, 20), (19, 20), (20, 20), (447, 2000)]
+)
+def test_the_interval_holds_every_share_that_is_not_refuted(n_right, n):
+    """Wilson's interval: the shares p with |found - p| <= 1.96 standard errors AT p. The usual
+    found ± 1.96 errors has width 0 where all or none are right."""
+    share = n_right / n
+    low, high = report.wilson(n_right, n)
+    assert 0 <= low <= share <= high <= 1 and low < high
+    for p in (low, high):
+        if 1e-9 < p < 1 - 1e-9:
+            assert abs(share - p) == pytest.approx(1.96 * (p * (1 - p) / n) ** 0.5)
+
+
+def test_a_single_run_has_the_interval_of_its_problems(run_folder, capsys):
+    """Without a second seed, how many problems there are is all that is known of its luck."""
+    report.main([str(run_folder)])
+    low, high = report.wilson(2, 8)
+    expected = f"| warm-up | 25.0 ({100 * low:.1f} to {100 * high:.1f}) |"
+    assert expected in capsys.readouterr().out
+
+
+def test_seeds_are_merged(run_folder, tmp_path, capsys):
+    """A run that is named twice counts once, or the deviation would be small. An unfinished run
+    still has its part in the tables."""
     other = tmp_path / "run-1"
     shutil.copytree(run_folder, other)
-    change = lambda **what: (other / "config.json").write_text(json.dumps({**json.loads((other / "config.json").read_text()), **what}))
-    sums = (other / "sha256sums.txt").read_text().splitlines(keepends=True)
-    (other / "sha256sums.txt").write_text("".join(sums[:1]))  # stopped after the warm-up
-    change(seed=1)
-    monkeypatch.setattr(report, "draw", lambda *_: None)
-    twice = f"{other}/../{other.name}"  # the same folder: counted twice it would make the deviation small
-    monkeypatch.setattr(sys, "argv", ["report", str(run_folder), str(other), twice, str(tmp_path / "no such run")])
-    report.main()
+    shutil.rmtree(other / "dpo-st")  # stopped after the warm-up
+    change_config(other, seed=1, problems="others, for they are made from the seed")
+    twice = f"{other}/../{other.name}"
+    report.main([str(run_folder), str(other), twice, str(tmp_path / "no such run")])
     said = capsys.readouterr()
-    assert "over 2 runs" in said.out and "| warm-up | 25.0 ± 0.0 |" in said.out and "| dpo-st/round-1 | 75.0 |" in said.out
+    assert "over 2 runs" in said.out
+    assert "| warm-up | 25.0 ± 0.0 |" in said.out
+    assert "| dpo-st/round-1 | 75.0 |" in said.out
     assert "no such run: there is no run" in said.err
-    change(decode_batch_size=7, timeout=7, device="cuda")  # limits of memory and time make no other kind
-    stored = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({name: value for name, value in stored.items() if name != "rewrite"}))  # an older version
-    with pytest.raises(SystemExit) as ended:
-        run.parse_args(["--report", str(run_folder), str(other), "--out", str(tmp_path / "pictures")])
-    assert ended.value.code is None and "over 2 runs" in capsys.readouterr().out and (tmp_path / "pictures" / "sft-loss.svg").exists()
-    for what, back in (({"bf16": True}, {"bf16": False}), ({"beta": 7.0}, {})):  # three digits are another kind
-        change(**what)
+
+
+def test_runs_of_other_kinds_are_refused(run_folder, tmp_path):
+    """Means over runs that differ in more than the seed would say nothing; but how much fits into
+    memory, or where the files lay, makes no other kind."""
+    other = tmp_path / "run-1"
+    shutil.copytree(run_folder, other)
+    both = [str(run_folder), str(other)]
+    change_config(other, decode_batch_size=7, device="cuda", weights="elsewhere")
+    report.main(both)
+    for flag, value in (("bf16", True), ("beta", 7.0), ("base_weights", "others")):
+        before = json.loads((other / "config.json").read_text())[flag]
+        change_config(other, **{flag: value})
         with pytest.raises(SystemExit, match="more than the seed"):
-            report.main()
-        change(**back)
+            report.main(both)
+        change_config(other, **{flag: before})
+    report.main(both)
 
 
-def test_a_run_that_has_only_warmed_up_has_a_report_too(run_folder, monkeypatch, capsys):
+def test_your_own_problems_must_be_the_same_ones(run_folder, tmp_path):
+    """Generated problems follow from the seed; a file of one's own may have changed under its name."""
+    for name in ("run-1", "run-2"):
+        shutil.copytree(run_folder, tmp_path / name)
+        change_config(tmp_path / name, labeled="labeled.jsonl", problems=f"those of {name}")
+    with pytest.raises(SystemExit, match="more than the seed"):
+        report.main([str(tmp_path / "run-1"), str(tmp_path / "run-2")])
+
+
+def test_a_run_that_has_only_warmed_up_has_a_report_too(run_folder, capsys):
     """The longest run is the one whose curves one wants to see before it ends."""
-    sums = (run_folder / "sha256sums.txt").read_text().splitlines(keepends=True)
-    (run_folder / "sha256sums.txt").write_text("".join(line for line in sums if "warm-up" in line))
-    monkeypatch.setattr(sys, "argv", ["report", str(run_folder)])
-    report.main()
-    assert "| warm-up | 25.0 |" in capsys.readouterr().out and (run_folder / "figures" / "sft-loss.svg").exists()
+    shutil.rmtree(run_folder / "dpo-st")
+    report.main([str(run_folder)])
+    assert "| warm-up | 25.0 " in capsys.readouterr().out
+    assert (run_folder / "figures" / "sft-loss.svg").exists()
+
+
+def test_what_is_no_run_yet_is_left_out(run_folder, capsys):
+    """A run in its first minute is no error, but there is nothing to say of it."""
+    (run_folder / "warm-up" / "evaluation.jsonl").unlink()
+    with pytest.raises(SystemExit, match="nothing to report"):
+        report.main([str(run_folder)])
+    assert "no evaluation yet" in capsys.readouterr().err
 
 
 def test_pictures_are_drawn_or_it_is_said_what_they_need(run_folder, monkeypatch, capsys):
-    """matplotlib is optional: tables come without it. The same run gives the same SVG to the byte."""
-    monkeypatch.setattr(sys, "argv", ["report", str(run_folder)])
+    """matplotlib is optional: tables come without it."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report.main()
-    assert "pip install matplotlib" in capsys.readouterr().err
+    report.main([str(run_folder)])
+    said = capsys.readouterr()
+    assert "| warm-up | 25.0 " in said.out
+    assert "pip install matplotlib" in said.err
     monkeypatch.undo()
-    monkeypatch.setattr(sys, "argv", ["report", str(run_folder)])
-    report.main()
+    pytest.importorskip("matplotlib")
+    out = run_folder.parent / "pictures"
+    report.main([str(run_folder), "--out", str(out)])
     assert "matplotlib" not in capsys.readouterr().err
-    pictures = {path.name: path.read_bytes() for path in (run_folder / "figures").glob("*.svg")}
-    names = {"accuracy-per-round", "calculator", "dpo-step", "dpo-curves", "sft-loss"}
-    assert set(pictures) == {f"{name}.svg" for name in names} and len(list((run_folder / "figures").glob("*.png"))) == 5
-    report.main()
-    assert pictures == {path.name: path.read_bytes() for path in (run_folder / "figures").glob("*.svg")}
+    for ending in ("svg", "png"):
+        assert {path.stem for path in out.glob(f"*.{ending}")} == PICTURES
+
+
+def test_the_same_run_gives_the_same_svg_to_the_byte(run_folder):
+    """They are kept in the repository, where a new drawing must not look like a change."""
+    pytest.importorskip("matplotlib")
+    drawn = []
+    for _ in range(2):
+        report.main([str(run_folder)])
+        paths = sorted((run_folder / "figures").glob("*.svg"))
+        drawn.append([path.read_bytes() for path in paths])
+    assert len(drawn[0]) == len(PICTURES)
+    assert drawn[0] == drawn[1]
+
+
+QUESTION = (
+    "Tom is taller than Ana. Ida is taller than Tom. Ben is shorter than Ida. Who is the tallest?"
+)
+STEPS = (
+    "Tom is taller than Ana, so Tom is the tallest.",
+    "Ida is taller than Tom, so Ida is the tallest.",
+    "Ida is taller than Ben, so Ida is the tallest.",
+)
+
+
+def name_row(**changes: object) -> dict:
+    """Four rationales, three with the right name, one of these by the right steps."""
+    row = {
+        "question": QUESTION,
+        "answer": "Ida",
+        "rationales": [
+            " ".join([*STEPS, "#### Ida"]),
+            " ".join([*STEPS[1:], "#### Ida"]),  # where one is skipped, the name is luck
+            " ".join([*STEPS[::-1], "#### Ida"]),
+            " ".join([*STEPS, "#### Tom"]),
+        ],
+        "correct": [True, True, True, False],
+        "finished": [True, True, True, False],
+    }
+    return row | changes
 
 
 def test_right_names_by_wrong_steps_are_told_apart(tmp_path, capsys):
-    """Four rationales, three with the right name, one of them by the right steps; where one is skipped, the name is luck. A run in
-    which no name is right is no error, nor one that is not finished; one of other problems is, for it would count as all wrong."""
-    question = "Tom is taller than Ana. Ida is taller than Tom. Ben is shorter than Ida. Who is the tallest?"
-    steps = [f"{a} is taller than {b}, so {a} is the tallest." for a, b in (("Tom", "Ana"), ("Ida", "Tom"), ("Ida", "Ben"))]
-    texts = [" ".join(part) for part in ([*steps, "#### Ida"], [*steps[1:], "#### Ida"], [*steps[::-1], "#### Ida"], [*steps, "#### Tom"])]
-
-    def write(name: str, **row) -> None:
-        rows = [{"question": question, "answer": "Ida", "rationales": texts, "finished": [True, True, True, False], **row}]
-        write_jsonl(rows, tmp_path / name)
-
-    write("a/samples-for-pairs.jsonl")
-    write("b/samples-for-pairs.jsonl", rationales=texts[3:], finished=[False])
-    write("b/st/evaluation.jsonl")
+    """A filter that sees the answer only keeps both. A run in which no name is right is no error,
+    nor is one that is not finished."""
+    samples = "st/round-1/samples-for-labels.jsonl"
+    wrong = [" ".join([*STEPS, "#### Tom"])]
+    write(tmp_path / "a" / samples, [name_row()])
+    write(
+        tmp_path / "b" / samples,
+        [name_row(rationales=wrong, correct=[False], finished=[False])],
+    )
+    write(tmp_path / "b" / "warm-up" / "evaluation.jsonl", [name_row()])
     tallest.compare([tmp_path / "a", tmp_path / "b"])
     assert capsys.readouterr().out.splitlines() == [
-        "samples-for-pairs.jsonl", "  cut at the limit: 62.5 % (25.0, 100.0)", "  right name, of those that end: 100.0 % (100.0, none)",
-        "  right steps, of those with the right name: 33.3 % (33.3, none)",
-        "st/evaluation.jsonl", "  cut at the limit: 25.0 %", "  right name, of those that end: 100.0 %",
+        "warm-up/evaluation.jsonl",
+        "  cut at the limit: 25.0 %",
+        "  right name, of those that end: 100.0 %",
         "  right steps, of those with the right name: 33.3 %",
-    ]  # fmt: skip
-    write("b/st/evaluation.jsonl", question="How many are 2 + 3?", answer=5.0)
+        samples,
+        "  cut at the limit: 62.5 % (25.0, 100.0)",
+        "  right name, of those that end: 100.0 % (100.0, none)",
+        "  right steps, of those with the right name: 33.3 % (33.3, none)",
+    ]
+
+
+def test_the_names_of_other_problems_are_not_compared(tmp_path):
+    """All of their rationales would count as wrong."""
+    other = name_row(question="How many are 2 + 3?", answer=5.0)
+    write(tmp_path / "a" / "warm-up" / "evaluation.jsonl", [other])
     with pytest.raises(ValueError, match="is of other problems: 'How many are"):
-        tallest.compare([tmp_path / "b"])
-    with pytest.raises(ValueError, match="nothing has neither samples nor an evaluation: name the folders of runs"):
-        tallest.compare([tmp_path / "a", tmp_path / "nothing"])
+        tallest.compare([tmp_path / "a"])
+    with pytest.raises(ValueError, match="nothing has neither samples nor an evaluation"):
+        tallest.compare([tmp_path / "nothing"])

@@ -142,7 +142,7 @@ def check_against_the_rules(
     ]
     for problem, row in zip(problems, samples, strict=True):
         winning, losing = literal_sides(problem, row, pieces)
-        possible = [(w, l) for w in winning for l in losing]
+        possible = [(chosen, rejected) for chosen in winning for rejected in losing]
         found = by_question[problem.question]
         assert set(found) <= set(possible) and len(set(found)) == len(found)
         # Equally similar pairs may change places; their similarities may not.

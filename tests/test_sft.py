@@ -54,7 +54,10 @@ def random_model(seed: int = 0, **changes) -> T5:
 
 def random_examples(lengths=RAGGED, seed: int = 0) -> list[Example]:
     rng = np.random.default_rng(seed)
-    ids = lambda n: rng.integers(3, CONFIG.vocab_size, n).tolist() + [EOS_ID]
+
+    def ids(n):
+        return rng.integers(3, CONFIG.vocab_size, n).tolist() + [EOS_ID]
+
     return [Example(ids(source), ids(target)) for source, target in lengths]
 
 
@@ -158,7 +161,10 @@ def test_micro_batches_keep_every_item_once_within_the_budget():
 
 def test_micro_batches_are_few_and_of_similar_length():
     """Long beside short is mostly padding: [9 9] [1 1] costs 20 tokens where [9 1] [9 1] costs 36."""
-    lengths = lambda pieces: [[len(item) for item in piece] for piece in pieces]
+
+    def lengths(pieces):
+        return [[len(item) for item in piece] for piece in pieces]
+
     batch = ["a", "b" * 9, "c", "d" * 9]
     assert lengths(micro_batches(batch, 18)) == [[9, 9], [1, 1]]
     assert lengths(micro_batches(batch, 36)) == [[9, 9, 1, 1]]
@@ -177,7 +183,10 @@ def test_every_epoch_visits_every_item_once_in_its_own_order():
 
 def test_the_order_of_the_data_follows_from_the_seed_alone():
     """A run that is continued must meet its data in the order of a run that never stopped, whatever drew numbers before."""
-    take = lambda seed: [batch for batch, _ in zip(batches(range(50), 8, seed), range(20))]
+
+    def take(seed):
+        return [batch for batch, _ in zip(batches(range(50), 8, seed), range(20))]
+
     before = take(3)
     torch.manual_seed(99), np.random.seed(99)
     assert take(3) == before != take(4)

@@ -8,10 +8,10 @@ import pytest
 
 import run
 from calculator import calculate
-from tests.bench import make_tiny
 from data.problems import load_problems, write_jsonl
 from data.synthetic import FAMILIES, IN_DOMAIN, OUT_OF_DOMAIN, TEST_SEED, make_problems
 from model import load_flan_t5
+from tests.bench import make_tiny
 from tokenizer import UNKNOWN_ID, Tokenizer, format_rationale
 
 TINY = Path(__file__).parent.parent / "data" / "tiny"
@@ -30,7 +30,9 @@ def steps_of(problem) -> int:
 def test_the_same_seed_tells_the_same_stories():
     """Runs are compared across machines and days; the data must not be one of the differences."""
     assert make_problems(50, seed=3) == make_problems(50, seed=3)
-    assert not {p.question for p in make_problems(50, seed=3)} & {p.question for p in make_problems(50, seed=4)}
+    assert not {p.question for p in make_problems(50, seed=3)} & {
+        p.question for p in make_problems(50, seed=4)
+    }
 
 
 def test_a_story_depends_on_no_global_state():
@@ -52,7 +54,9 @@ def test_a_story_depends_on_no_global_state():
 def test_every_annotation_evaluates_to_what_it_says(problems):
     """The calculator will overrule the model at each bracket; if they disagreed on gold data, gold would be unreachable."""
     for problem in problems:
-        for before, expression, result, after in re.findall(r"(.*) = <<(.*)=(.*)>>(\d+)", problem.rationale):
+        for before, expression, result, after in re.findall(
+            r"(.*) = <<(.*)=(.*)>>(\d+)", problem.rationale
+        ):
             assert calculate(expression) == result == after, problem
             assert before.endswith(re.sub(r"([-+*/])", r" \1 ", expression)), problem
 
@@ -68,7 +72,9 @@ def test_the_last_result_is_the_answer(problems):
 def test_each_line_uses_only_numbers_known_by_then(problems):
     """A story is solvable from its question: every operand is told there or was the result of an earlier line."""
     for problem in problems:
-        known = set(re.findall(r"\d+", problem.question)) | ({"2"} if re.search("[Hh]alf|twice", problem.question) else set())
+        known = set(re.findall(r"\d+", problem.question)) | (
+            {"2"} if re.search("[Hh]alf|twice", problem.question) else set()
+        )
         for expression, result in re.findall(r"<<(.*?)=(.*?)>>", problem.rationale):
             assert set(re.findall(r"\d+", expression)) <= known, problem
             known.add(result)
@@ -105,7 +111,13 @@ def test_stories_are_varied():
     assert min(counts) > sum(counts) / 20
     templates = [re.sub(r"\d+|[A-Z][a-z]+", "_", problem.question) for problem in problems]
     assert len(set(templates)) > 2000
-    assert sum(bool(re.search("degrees|minutes to|years old|number \\d|children|minutes", p.question)) for p in problems) > 300
+    assert (
+        sum(
+            bool(re.search("degrees|minutes to|years old|number \\d|children|minutes", p.question))
+            for p in problems
+        )
+        > 300
+    )
 
 
 def test_two_families_are_kept_for_out_of_domain_tests():
@@ -124,7 +136,11 @@ def test_stories_survive_the_disk(problems, tmp_path):
 def test_the_bundled_checkpoint_is_small_and_loads():
     """`python run.py` starts from it in a fresh clone; five megabytes is what a repository should have to carry."""
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 5_000_000
-    assert sorted(file.name for file in TINY.iterdir()) == ["config.json", "pytorch_model.bin", "spiece.model"]
+    assert sorted(file.name for file in TINY.iterdir()) == [
+        "config.json",
+        "pytorch_model.bin",
+        "spiece.model",
+    ]
     model, tokenizer = load_flan_t5(TINY), Tokenizer(TINY)
     assert model.config.vocab_size == tokenizer.vocab_size
 
@@ -150,8 +166,13 @@ def test_its_digits_stand_alone():
 def test_no_run_trains_or_tests_on_what_the_bundled_base_has_seen(seed):
     """The base read 30,000 multi-step stories. A seed that drew the same ones as L, U or test set would measure memory."""
     held_out = {problem.question for problem in make_problems(10_000, TEST_SEED)}
-    pool = {problem.question for problem in make_problems(30_000, make_tiny.SEED, steps=(2, 3), exclude=held_out)}
-    labeled, unlabeled, tests = run.load_data(run.parse_args(["--seed", str(seed), "--device", "cpu"]))
+    pool = {
+        problem.question
+        for problem in make_problems(30_000, make_tiny.SEED, steps=(2, 3), exclude=held_out)
+    }
+    labeled, unlabeled, tests = run.load_data(
+        run.parse_args(["--seed", str(seed), "--device", "cpu"])
+    )
     train = {problem.question for problem in [*labeled, *unlabeled]}
     test = {problem.question for problem in tests["held-out"]}
     assert len(train) == 1250 and len(test) == 2000

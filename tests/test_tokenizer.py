@@ -22,7 +22,9 @@ def tokenizer(shared) -> Tokenizer:
 @pytest.fixture(scope="module")
 def public(shared):
     """The public tokenizer, in the `tokenizers` library."""
-    return pytest.importorskip("tokenizers").Tokenizer.from_file(str(shared / "flan-t5" / "tokenizer.json"))
+    return pytest.importorskip("tokenizers").Tokenizer.from_file(
+        str(shared / "flan-t5" / "tokenizer.json")
+    )
 
 
 def rows(path) -> list[dict]:
@@ -71,7 +73,9 @@ def test_decoding_skips_padding_end_and_ids_without_a_piece(tokenizer):
     assert tokenizer.decode([]) == tokenizer.decode([PAD_ID, EOS_ID, 32100, 32127]) == ""
     assert tokenizer.decode([PAD_ID, *ids, EOS_ID, PAD_ID, PAD_ID]) == "two words"
     assert tokenizer.decode([32127, *ids, 32100]) == "two words"
-    assert tokenizer.decode([32000, *ids, 32099]) == "two words"  # T5's sentinels, <extra_id_99> and <extra_id_0>
+    assert (
+        tokenizer.decode([32000, *ids, 32099]) == "two words"
+    )  # T5's sentinels, <extra_id_99> and <extra_id_0>
     assert tokenizer.vocab_size == 32100 and tokenizer.decode(tokenizer.encode("")) == ""
 
 
@@ -80,7 +84,11 @@ def test_a_cut_text_still_ends(tokenizer):
     whole = tokenizer.encode("one two three four five six")
     for length in range(1, len(whole) + 3):
         cut = tokenizer.encode("one two three four five six", max_length=length)
-        assert len(cut) == min(length, len(whole)) and cut[-1] == EOS_ID and cut[:-1] == whole[: len(cut) - 1]
+        assert (
+            len(cut) == min(length, len(whole))
+            and cut[-1] == EOS_ID
+            and cut[:-1] == whole[: len(cut) - 1]
+        )
 
 
 def test_pieces_put_together_are_the_text(tokenizer, formatted):
@@ -117,7 +125,10 @@ def test_a_missing_or_foreign_vocabulary_is_one_sentence(shared, tmp_path):
 
     (tmp_path / "corpus.txt").write_text("one two three four five\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(folder / "spiece"), vocab_size=16, minloglevel=2
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=16,
+        minloglevel=2,
     )  # SentencePiece's own default ids: unknown 0, begin 1, end 2, no padding
     with pytest.raises(ValueError, match="padding") as refused:
         Tokenizer(folder)
@@ -171,7 +182,10 @@ def by_the_rules(raw: str) -> str:
             left, right = note.split("=", 1) if "=" in note else (note, "")
             text += after if left == right and left.isdigit() else f"[ {note}] {after}"
         for sign in ":$+-*/=":
-            spaced, free = "", 0  # the character after a spaced sign does not count as the one before the next
+            spaced, free = (
+                "",
+                0,
+            )  # the character after a spaced sign does not count as the one before the next
             for at, (before, char, after) in enumerate(zip(" " + text, text, text[1:] + " ")):
                 squeezed = char == sign and not after.isspace() and (at > free or sign in ":$")
                 if squeezed and sign == ":":
@@ -191,7 +205,9 @@ def test_gsm8k_follows_the_rules_but_for_mapped_signs(raw, formatted):
     """At least 98 % of the real rationales are what the rules alone give; the rest has a sign that T5 does not know."""
     mapped = [text for text, ours in zip(raw, formatted) if ours != by_the_rules(text)]
     assert len(mapped) <= 0.02 * len(raw)
-    assert all(re.search("[×÷−½¼¾`]", text) for text in mapped), [t for t in mapped if not re.search("[×÷−½¼¾`]", t)][:2]
+    assert all(re.search("[×÷−½¼¾`]", text) for text in mapped), [
+        t for t in mapped if not re.search("[×÷−½¼¾`]", t)
+    ][:2]
 
 
 def test_gsm8k_keeps_its_words_and_numbers(raw, formatted):
@@ -220,6 +236,8 @@ def test_gsm8k_markers_survive_the_vocabulary(tokenizer, formatted):
 def test_formatting_twice_changes_nothing(formatted):
     """Own data may come in either spelling, one step per line; a second pass must not space it out further."""
     # Not: `5$` at the end of a line (the full stop comes after the rule for $), chains of digits such as 2 + 3+4.
-    settled = [text for text in formatted if "$." not in text and not re.search(r"\S[-+*/=]\S", text)]
+    settled = [
+        text for text in formatted if "$." not in text and not re.search(r"\S[-+*/=]\S", text)
+    ]
     assert len(settled) > 0.9 * len(formatted)
     assert all(format_rationale(text.replace(" ####", "\n####")) == text for text in settled)

@@ -1,9 +1,10 @@
-"""What each part of the method is worth at --size tiny: the paper's ablations in small, and a control it does not have.
+"""What each part of the method is worth at --size tiny: the paper's ablations, and two controls.
 
-    python -m tests.bench.ablations [--seeds 0 1 2] [--rounds 1] [--only NAME ...]     # into runs/ablations
+    python -m tests.bench.ablations [--seeds 0 1 2] [--rounds 1] [--only NAME ...]
 
-Every run is run.py with other numbers, or with one function or class exchanged below, two at a time with one thread each. The table
-compares it with the run of the same seed in runs/tiny-seed-SEED (`python run.py --seed SEED`, one thread).
+Every variant is run.py with other flags, or with one function or class exchanged below. Two run at
+a time, with one thread each, in runs/ablations. The table compares each with the run of the same
+seed in runs/tiny-seed-SEED, which has to be there: OMP_NUM_THREADS=1 python run.py --seed SEED.
 """
 
 import argparse
@@ -11,83 +12,145 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import run
 import selftrain
+from data.problems import Problem, read_jsonl
+from dpo import PairExample
+from model import T5
 from selftrain import Stages
-from sft import Example, sft_loss, train
+from sft import Example, Schedule, sft_loss, train
 from tests.bench.report import interval, measure, spread
+
+FLAGS = {  # of run.py, by variant
+    "winning rationales only": "",
+    "5 samples for labels": "--sft-samples 5",
+    "10 samples for labels": "--sft-samples 10",
+    "no calculator when sampling": "--no-calculator",
+    "beta 0.05": "--beta 0.05",
+    "beta 0.1": "--beta 0.1",
+    "no deduplication": "--max-similarity 1",
+    "SFT continued": "",
+    "ST with 8 samples": "--method st --st-samples 8",  # as many as DPO-ST draws, 5 and 3
+}
 
 
 class Continued(Stages):
-    """SFT goes on from the last round's model; the paper starts from the original weights again (section 3.1)."""
+    """SFT goes on from the last round's model, not from the original weights (section 3.1)."""
 
-    def sft(self, name, problems):
-        original, self.base = self.base, getattr(self, "last", self.base)
-        self.last, self.base = super().sft(name, problems), original
+    last: Path | None = None
+
+    def sft(self, name: str, problems: Sequence[Problem]) -> Path:
+        original = self.base
+        self.base = self.last or original
+        self.last = super().sft(name, problems)
+        self.base = original
         return self.last
 
 
-def likelihood(policy, pairs, held_out, n_steps, beta, schedule, name, **options):
-    """In place of train_dpo: as many steps on the same winning rationales, which are only made more likely: no preferences."""
-    winning = [Example(list(pair.input_ids), pair.chosen) for pair in pairs]
-    return train(policy, winning, n_steps, sft_loss, lambda example: len(example.labels), schedule, name, dropout=False, **options)
+def likelihood(
+    policy: T5,
+    pairs: Sequence[PairExample],
+    n_steps: int,
+    beta: float,
+    schedule: Schedule,
+    name: str,
+    log: Callable[[dict], None],
+) -> T5:
+    """In place of train_dpo: as many steps on the winning rationales, and no preferences.
+
+    They are only made more likely (eq. 2); beta plays no part.
+    """
+    winning = [Example(pair.input_ids, pair.chosen) for pair in pairs]
+    return train(policy, winning, n_steps, sft_loss, schedule, name, log, dropout=False)
 
 
-VARIANTS = {  # name: flags, and perhaps what takes whose place
-    "winning rationales only": ("", selftrain, "train_dpo", likelihood),
-    "5 samples for labels": ("--sft-samples 5",),
-    "10 samples for labels": ("--sft-samples 10",),
-    "no calculator when sampling": ("--no-calculator",),
-    "beta 0.05": ("--beta 0.05",),
-    "beta 0.1": ("--beta 0.1",),
-    "no deduplication": ("--max-similarity 1",),
-    "SFT continued": ("", run, "Stages", Continued),
-    "ST with 3 samples": ("--method st --st-samples 3",),
-}
+def run_variant(variant: str) -> None:
+    """run.py in this process, with what the variant exchanges; it reads the rest of the command."""
+    if variant == "winning rationales only":
+        selftrain.train_dpo = likelihood
+    if variant == "SFT continued":
+        run.Stages = Continued
+    run.main()
 
 
 def folder_of(variant: str, seed: int) -> Path:
     return Path("runs") / "ablations" / f"{variant.replace(' ', '-')}-seed-{seed}"
 
 
-def start(rounds: int, job: tuple[str, int]) -> None:
-    """Run one variant in a process of its own."""
-    variant, seed = job
-    flags = f"--method dpo-st --rounds {rounds} --seed {seed} {VARIANTS[variant][0]}".split()
-    command = [sys.executable, "-m", "tests.bench.ablations", "--variant", variant, *flags, "--out", str(folder_of(variant, seed))]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    print(f"{variant}, seed {seed}: " + (done.stderr[-300:] if done.returncode else "done"), file=sys.stderr, flush=True)
+def start(job: tuple[str, int, int]) -> None:
+    """Run a variant, with a seed and a number of rounds, in a process of its own."""
+    variant, seed, rounds = job
+    command = [sys.executable, "-m", "tests.bench.ablations", "--variant", variant]
+    command += ["--method", "dpo-st", "--rounds", str(rounds), "--seed", str(seed)]
+    command += FLAGS[variant].split()
+    command += ["--out", str(folder_of(variant, seed))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = done.stderr[-300:] if done.returncode else "done"
+    print(f"{variant}, seed {seed}: {result}", file=sys.stderr, flush=True)
+
+
+def method_of(variant: str) -> str:
+    return "st" if "--method st" in FLAGS[variant] else "dpo-st"
+
+
+def look_up(folders: Sequence[Path], stage: str) -> dict[str, list[float]]:
+    """What the table is about, run by run: accuracy in %, pseudo-labels, correct samples in %."""
+    numbers: dict[str, list[float]] = {"accuracy": [], "labels": [], "correct": []}
+    for folder in folders:
+        groups = measure(folder)[stage]
+        numbers["accuracy"].append(groups["accuracy"]["held-out"])
+        numbers["labels"].append(len(read_jsonl(folder / stage / "pseudo-labels.jsonl")))
+        numbers["correct"].append(groups["after"]["pass@1"])
+    return numbers
+
+
+def print_row(name: str, numbers: dict[str, list[float]], difference: str) -> None:
+    accuracy = spread(numbers["accuracy"])
+    labels = statistics.mean(numbers["labels"])
+    correct = statistics.mean(numbers["correct"])
+    print(f"| {name} | {accuracy} | {difference} | {labels:.0f} | {correct:.1f} % |")
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--variant"]:
-        if change := VARIANTS[sys.argv[2]][1:]:
-            setattr(*change)
-        sys.argv[1:3] = []
-        return run.main()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        variant = sys.argv[2]
+        del sys.argv[1:3]
+        run_variant(variant)
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--only", nargs="+", default=list(FLAGS), choices=FLAGS)
     args = parser.parse_args()
+    stage = f"dpo-st/round-{args.rounds}"
+    folders = [Path("runs") / f"tiny-seed-{seed}" for seed in args.seeds]
+    for folder in folders:
+        if not (folder / stage / "evaluation.jsonl").exists():
+            parser.error(f"{folder / stage} is not there, to compare the variants with")
+    jobs = []
+    for variant in args.only:
+        for seed in args.seeds:
+            jobs.append((variant, seed, args.rounds))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(partial(start, args.rounds), [(variant, seed) for variant in args.only for seed in args.seeds]))
-    plain = [measure(Path("runs") / f"tiny-seed-{seed}") for seed in args.seeds]
-    print("| variant | accuracy | minus the method as it is | pseudo-labels | correct samples for labels |\n|---|---|---|---|---|")
-    for variant in (None, *args.only):
-        found = [measure(folder_of(variant, seed)) for seed in args.seeds] if variant else plain
-        last = f"{'st' if variant and variant.startswith('ST') else 'dpo-st'}/round-{args.rounds}"
-        accuracy = [stages[last]["held-out"] for stages in found]
-        usual = [stages[f"dpo-st/round-{args.rounds}"]["held-out"] for stages in plain]
-        difference = interval([a - b for a, b in zip(accuracy, usual)]) if variant else ""
-        labels = [stages[last]["pseudo-labels"] for stages in found]
-        correct = [stages[last]["correct labels"] for stages in found]
-        print(f"| {variant or 'as it is'} | {spread(accuracy)} | {difference} | "
-              f"{statistics.mean(labels):.0f} | {statistics.mean(correct):.1f} % |")  # fmt: skip
+        list(pool.map(start, jobs))
+    print("| variant | accuracy | minus the method as it is | pseudo-labels | correct samples |")
+    print("|---|---|---|---|---|")
+    usual = look_up(folders, stage)
+    print_row("as it is", usual, "")
+    for variant in args.only:
+        stage = f"{method_of(variant)}/round-{args.rounds}"
+        numbers = look_up([folder_of(variant, seed) for seed in args.seeds], stage)
+        differences = []
+        for ours, theirs in zip(numbers["accuracy"], usual["accuracy"], strict=True):
+            differences.append(ours - theirs)
+        print_row(variant, numbers, interval(differences))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Make data/tiny, the checkpoint that `python run.py` starts from: a small Flan-T5 that has read, but never reasoned.
+"""Make data/tiny, where `python run.py` starts from: a small Flan-T5 that has read, never reasoned.
 
-It stands for the public Flan-T5 in all but size. First its own vocabulary is learned from the synthetic stories. Then half
-of its training is T5's span corruption of multi-step questions and of rationales, each by itself: it never sees such a
-question together with ITS rationale. The other half are one-step questions with their worked answer, in place of Flan's
-instruction tuning. What it cannot do afterwards is chain steps, the subject of the paper. No test question is ever shown.
+It stands for the public Flan-T5 in all but size. First its own vocabulary is learned from the
+synthetic stories. Then half of its training is T5's span corruption of multi-step questions and of
+rationales, each by itself: it never sees such a question together with ITS rationale. The other
+half are one-step questions with their worked answer, in place of Flan's instruction tuning. What it
+cannot do afterwards is chain steps, the subject of the paper. No test question is ever shown.
 
     python -m tests.bench.make_tiny        # about 10 minutes on one CPU core
 """
@@ -12,93 +13,164 @@ import io
 import random
 import string
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
 import torch
 
+from data.problems import Problem
 from data.synthetic import TEST_SEED, make_problems
-from model import T5, T5Config, relative_position_bucket, save_flan_t5
+from model import SIZES, T5, relative_position_bucket, save_flan_t5
 from sft import Example, Schedule, train_sft
 from tokenizer import Tokenizer, format_rationale
 
-FOLDER = Path(__file__).parents[2] / "data" / "tiny"
-SEED, STEPS, BATCH, N_PIECES = 1, 3000, 32, 668  # with the 100 sentinels 768 ids
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "tiny"
+SEED = 1
+STEPS = 3000  # of the optimiser
+BATCH = 32  # examples
+N_PIECES = 668  # with the 100 sentinels 768 ids
 
 
 def make_vocabulary(path: Path) -> None:
-    """Learn SentencePiece pieces from 20,000 stories: T5's ids for padding, end and unknown, and every digit alone."""
-    problems = make_problems(20_000, seed=SEED, steps=(1, 2, 3))
-    texts = [text for p in problems for text in (p.question, format_rationale(p.rationale))]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Learn SentencePiece pieces from 20,000 stories: every digit alone, and T5's special ids."""
+    texts = []
+    for problem in make_problems(20_000, seed=SEED, steps=(1, 2, 3)):
+        texts.append(problem.question)
+        texts.append(format_rationale(problem.rationale))
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=proto, model_type="bpe", vocab_size=N_PIECES,
+        sentence_iterator=iter(texts),
+        model_writer=proto,
+        model_type="bpe",
+        vocab_size=N_PIECES,
         user_defined_symbols=["▁" + digit for digit in string.digits],
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>",
-        split_digits=True, character_coverage=1.0, normalization_rule_name="identity", num_threads=1,
-        required_chars=string.ascii_letters + string.digits + string.punctuation, minloglevel=2,
-    )  # fmt: skip
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        pad_piece="<pad>",
+        eos_piece="</s>",
+        unk_piece="<unk>",
+        split_digits=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        num_threads=1,
+        required_chars=string.ascii_letters + string.digits + string.punctuation,
+        minloglevel=2,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.getvalue())
 
 
 def corrupt(ids: list[int], sentinel: int, rng: random.Random) -> tuple[list[int], list[int]]:
-    """T5's pre-training: hide spans of one to five pieces behind sentinels. Return what is left, and what was hidden."""
-    source, target, i = [], [], 0
+    """T5's pre-training: hide spans of one to five pieces, each behind a sentinel of its own.
+
+    Return what is left, and what was hidden. sentinel: the first one; they count down.
+    """
+    source = []
+    target = []
+    i = 0
     while i < len(ids):
         if rng.random() < 0.08:
             length = rng.randint(1, 5)
             source.append(sentinel)
-            target += [sentinel, *ids[i : i + length]]
-            sentinel, i = sentinel - 1, i + length
-        source += ids[i : i + 1]
+            target.append(sentinel)
+            target += ids[i : i + length]
+            sentinel -= 1
+            i += length
+        source += ids[i : i + 1]  # none where the span went to the end
         i += 1
     return source, target
 
 
-def make_example(tokenizer: Tokenizer, one_step: list, many_steps: list, rng: random.Random) -> Example:
+def make_example(
+    tokenizer: Tokenizer,
+    one_step: Sequence[Problem],
+    many_steps: Sequence[Problem],
+    rng: random.Random,
+) -> Example:
     """Draw one example to pre-train on."""
-    dice = rng.random()
-    if dice < 0.5:
+    kind = rng.random()
+    if kind < 0.5:
         problem = rng.choice(one_step)
-        return Example(tokenizer.encode(problem.question), tokenizer.encode(format_rationale(problem.rationale)))
-    problem, first = rng.choice(many_steps), tokenizer.vocab_size - 1
-    *ids, eos = tokenizer.encode(problem.question if dice < 0.6 else format_rationale(problem.rationale))
-    if dice > 0.85:  # a rationale's whole rest behind one sentinel
+        question = tokenizer.encode(problem.question)
+        return Example(question, tokenizer.encode(format_rationale(problem.rationale)))
+    problem = rng.choice(many_steps)
+    text = problem.question if kind < 0.6 else format_rationale(problem.rationale)
+    *ids, eos = tokenizer.encode(text)
+    sentinel = tokenizer.vocab_size - 1
+    if kind > 0.85:  # the whole rest of a rationale behind one sentinel
         cut = rng.randrange(len(ids))
-        return Example([*ids[:cut], first, eos], [first, *ids[cut:], eos])
-    source, target = corrupt(ids, first, rng)
+        return Example([*ids[:cut], sentinel, eos], [sentinel, *ids[cut:], eos])
+    source, target = corrupt(ids, sentinel, rng)
     return Example([*source, eos], [*target, eos])
+
+
+def make_examples(tokenizer: Tokenizer) -> list[Example]:
+    """All examples to pre-train on, in the order in which they were drawn."""
+    test = {problem.question for problem in make_problems(10_000, TEST_SEED)}
+    one_step = make_problems(60_000, SEED, steps=(1,))
+    many_steps = make_problems(30_000, SEED, steps=(2, 3), exclude=test)
+    rng = random.Random(SEED)
+    n = STEPS * BATCH
+    return [make_example(tokenizer, one_step, many_steps, rng) for _ in range(n)]
 
 
 @torch.no_grad()
 def look_at_neighbours(model: T5) -> None:
     """Start three heads of each stack at the token before, the same and the next one.
 
-    To copy 56 digit by digit one must know which digit follows which 5. With position biases near zero, as in T5, this
-    model still mixed up digits after 10,000 steps; from here it copies after a few hundred.
+    To copy 56 digit by digit one must know which digit follows which 5. With position biases near
+    zero, as in T5, this model still mixed up digits after 10,000 steps; from here it copies after a
+    few hundred.
     """
-    for stack, last in ((model.encoder, 127), (model.decoder, 0)):
-        for distance in sorted(range(-127, last + 1), key=abs, reverse=True):  # in a shared bucket the nearest decides
-            bucket = relative_position_bucket(torch.tensor(distance), last > 0)
-            for head, (offset, slope) in enumerate(((-1, 2.0), (0, 0.7), (1, 2.0))):
+    for stack in (model.encoder, model.decoder):
+        last = 127 if stack.bidirectional else 0  # the decoder only looks to the left
+        # The nearest of the distances that share a bucket comes last, and so decides.
+        for distance in sorted(range(-127, last + 1), key=abs, reverse=True):
+            bucket = relative_position_bucket(torch.tensor(distance), stack.bidirectional)
+            for head, offset, slope in ((0, -1, 2.0), (1, 0, 0.7), (2, 1, 2.0)):
                 stack.relative_bias.weight[bucket, head] = -slope * abs(distance - offset)
 
 
-if __name__ == "__main__":
+def make_model(tokenizer: Tokenizer) -> T5:
+    """The model before its training."""
+    config = replace(SIZES["tiny"], vocab_size=tokenizer.vocab_size, dropout=0.0)
+    torch.manual_seed(SEED)
+    model = T5(config)
+    look_at_neighbours(model)
+    return model
+
+
+def log(record: dict) -> None:
+    print(f"step {record['step']}  loss {record['loss']:.4f}", flush=True)
+
+
+def main() -> None:
     if sys.argv[1:]:
         sys.exit(__doc__)
-    torch.manual_seed(SEED)
-    torch.set_num_threads(1)  # the order of sums, and so the last bits, would depend on the number of cores
-    torch.set_flush_denormal(True)  # early in training many numbers are denormal, and those are slow
+    torch.set_num_threads(1)  # the order of sums, and so the last bits, depend on this number
+    torch.set_flush_denormal(True)  # early in training many numbers are denormal, which are slow
     make_vocabulary(FOLDER / "spiece.model")
-    tokenizer = Tokenizer(FOLDER / "spiece.model")
-    model = T5(T5Config(128, d_ff=256, n_heads=4, n_layers=2, d_kv=32, vocab_size=tokenizer.vocab_size, dropout=0.0))
-    look_at_neighbours(model)
-    test = {problem.question for problem in make_problems(10_000, TEST_SEED)}
-    one_step = make_problems(60_000, SEED, steps=(1,))
-    many_steps = make_problems(30_000, SEED, steps=(2, 3), exclude=test)
-    rng = random.Random(SEED)
-    examples = [make_example(tokenizer, one_step, many_steps, rng) for _ in range(STEPS * BATCH)]
-    train_sft(model, examples, 1, Schedule(2e-3, BATCH, 0.05, micro_batch_tokens=2048, log_every=100), "pre-training")
+    tokenizer = Tokenizer(FOLDER)
+    schedule = Schedule(
+        learning_rate=2e-3,
+        batch_size=BATCH,
+        warmup_ratio=0.05,
+        final_ratio=0.1,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        micro_batch_tokens=2048,
+        bf16=False,
+        log_every=100,
+        seed=42,
+    )
+    examples = make_examples(tokenizer)
+    model = train_sft(make_model(tokenizer), examples, 1, schedule, "pre-training", log)
     save_flan_t5(model.half(), FOLDER)
+
+
+if __name__ == "__main__":
+    main()

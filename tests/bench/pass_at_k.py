@@ -1,86 +1,128 @@
-"""pass@k on the test sets of finished runs, with and without the calculator, before and after every DPO step.
+"""pass@k on the test sets of runs, with and without the calculator, before and after a DPO step.
 
-    python -m tests.bench.pass_at_k runs/tiny-seed-? [--samples 5] [--problems 500] [--tests held-out] [--models warm-up/sft ...]
+    python -m tests.bench.pass_at_k runs/tiny-seed-? [--samples 5] [--problems 500]
+        [--tests held-out ...] [--models warm-up/sft dpo-st/round-1/dpo ...]
 
-A run keeps greedy answers only for its test sets; this draws anew, from the checkpoints in its folder, at its temperature and
-top-k. One table a test set; runs that differ in the seed are merged, of a single run the 95 % interval is a bootstrap over problems.
+A run keeps greedy answers only for its test sets; this draws anew, from the checkpoints in its
+folder, at its temperature and top-k. There is one table for each test set. Runs that differ in the
+seed are merged; of a single run the 95 % interval is a bootstrap over problems.
 """
 
 import argparse
-import itertools
-import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import run
-from decode import generate
-from model import T5, load_flan_t5
-from selftrain import is_correct, pass_at_k
-from tests.bench.report import about_samples, config_of, spread
+from data.problems import Problem
+from selftrain import Stages
+from tests.bench.report import about_samples, chances, config_of, print_rows, spread
 from tokenizer import Tokenizer
 
 
-def bootstrap(values: list[float], n: int = 2000) -> tuple[float, float]:
-    """95 % interval of a mean, by drawing the values again with replacement (seed 0)."""
+def bootstrap(values: Sequence[float], n: int = 2000) -> tuple[float, float]:
+    """The 95 % interval of a mean, by drawing the values again with replacement (seed 0)."""
     means = np.random.default_rng(0).choice(values, (n, len(values))).mean(1)
-    return tuple(np.percentile(means, (2.5, 97.5)).tolist())
+    low, high = np.percentile(means, (2.5, 97.5))
+    return low, high
 
 
-def draw(model: T5, tokenizer: Tokenizer, problems: list, config: run.Config, n_samples: int, calculator: bool, title: str) -> list[dict]:
-    """n_samples rationales for each problem, in the rows that a run would keep."""
-    written = generate(
-        model, tokenizer, [problem.question for problem in problems], n_samples, config.temperature, config.top_k, config.max_new_tokens,
-        calculator, f"pass@k/{config.seed}", config.decode_batch_size or 96, progress=title,
-    )  # fmt: skip
-    return [{"answer": problem.answer, "rationales": [s.text for s in row], "finished": [s.finished for s in row]}
-            for problem, row in zip(problems, written)]  # fmt: skip
+def models_of(folder: Path) -> list[str]:
+    """The checkpoints in the folder of a run."""
+    paths = [*folder.glob("warm-up/*/spiece.model"), *folder.glob("*/round-*/*/spiece.model")]
+    return sorted(path.parent.relative_to(folder).as_posix() for path in paths)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def draw(
+    folder: Path,
+    name: str,
+    problems: Sequence[Problem],
+    config: argparse.Namespace,
+    n_samples: int,
+    calculator: bool,
+) -> list[dict]:
+    """n_samples rationales of a model for each problem, in the rows that a run would keep."""
+    checkpoint = folder / name
+    stages = Stages(checkpoint, Tokenizer(checkpoint), config, folder, print)
+    return stages.write_rationales(
+        stages.load_writer(checkpoint),
+        str(checkpoint),
+        problems,
+        n_samples=n_samples,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        calculator=calculator,
+        seed=f"pass@k/{config.seed}",
+    )
+
+
+def make_row(
+    name: str, calculator: bool, runs: list[list[dict]], n_samples: int, tokenizer: Tokenizer
+) -> dict[str, str]:
+    """A row of a table. runs: what each run's model has drawn for a test set."""
+    if not calculator:
+        name += ", no calculator"
+    cells = {"": name}
+    about = [about_samples(rows, tokenizer, n_samples) for rows in runs]
+    for column in about[0]:
+        cells[column] = spread([numbers[column] for numbers in about])
+    if len(runs) == 1:
+        for k in {1, n_samples}:
+            low, high = bootstrap(chances(runs[0], k))
+            cells[f"pass@{k}"] += f" ({100 * low:.1f} to {100 * high:.1f})"
+    return cells
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--problems", type=int, default=500, help="the first so many of every test set")
+    parser.add_argument("--problems", type=int, default=500, help="the first N of every test set")
     parser.add_argument("--tests", nargs="+", help="names of test sets; default: all")
     parser.add_argument("--models", nargs="+", help="checkpoints in the folders; default: all")
     args = parser.parse_args()
-    if missing := [folder for folder in args.runs if not (folder / "config.json").exists()]:
-        parser.error(f"{missing[0]} is not the folder of a run")
     if args.samples < 1 or args.problems < 1:
         parser.error("--samples and --problems must be at least 1")
-    torch.set_flush_denormal(True)
-    rows: dict[tuple[str, str, bool], list[dict]] = {}
     for folder in args.runs:
-        config = config_of(json.loads((folder / "config.json").read_text()))
-        found = sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob("spiece.model"))
-        tests = run.load_data(config)[2]
-        if unknown := (set(args.models or ()) - set(found)) | (set(args.tests or ()) - set(tests)):
-            parser.error(f"{folder} has no {unknown.pop()}: its models are {', '.join(found)}, its tests {', '.join(tests)}")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if config.bf16 or device == "cuda" else torch.float32
-        for name in args.models or found:
-            model, tokenizer = load_flan_t5(folder / name, dtype, device), Tokenizer(folder / name)
-            for test, calculator in itertools.product(args.tests or tests, (True, False)):
-                problems = tests[test][: args.problems]
-                drawn = draw(model, tokenizer, problems, config, args.samples, calculator, f"{folder / name} {test}")
-                rows.setdefault((test, name, calculator), []).append(drawn)
-    for test in dict.fromkeys(key[0] for key in rows):
-        lines = []
-        for (of, name, calculator), runs in rows.items():
-            if of == test:
-                n = len(runs[0])
-                about = [about_samples(drawn, tokenizer, args.samples) for drawn in runs]
-                cells = {key: spread([numbers[key] for numbers in about]) for key in about[0]}
-                for k in {1, args.samples} if len(runs) == 1 else ():
-                    right = [sum(is_correct(text, row["answer"]) for text in row["rationales"]) for row in runs[0]]
-                    low, high = bootstrap([100 * pass_at_k(args.samples, n_right, k) for n_right in right])
-                    cells[f"pass@{k}"] += f" ({low:.1f} to {high:.1f})"
-                lines.append([name + ("" if calculator else ", no calculator"), *cells.values()])
-        print(f"\n{test}: {args.samples} samples for each of {n} problems, {len(args.runs)} runs, %\n\n"
-              f"| | {' | '.join(cells)} |\n{'|---' * (len(cells) + 1)}|")  # fmt: skip
-        print(*(f"| {' | '.join(line)} |" for line in lines), sep="\n")
+        if not (folder / "config.json").exists():
+            parser.error(f"{folder} is not the folder of a run")
+        models = models_of(folder)
+        for name in args.models or []:
+            if name not in models:
+                parser.error(f"{folder} has no {name}: its models are {', '.join(models)}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_flush_denormal(True)
+    tables: dict[str, dict] = {}  # test -> (model, calculator) -> what each run has drawn
+    for folder in args.runs:
+        config = config_of(folder)
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+        _, _, tests = run.load_data(config)
+        for test in args.tests or tests:
+            if test not in tests:
+                sys.exit(f"pass_at_k: {folder} has no {test}: its tests are {', '.join(tests)}")
+            problems = tests[test][: args.problems]
+            rows = tables.setdefault(test, {})
+            for name in args.models or models_of(folder):
+                for calculator in (True, False):
+                    drawn = draw(folder, name, problems, config, args.samples, calculator)
+                    rows.setdefault((name, calculator), []).append(drawn)
+    tokenizer = Tokenizer(args.runs[0] / "warm-up" / "sft")
+    for test, rows in tables.items():
+        cells = []
+        for (name, calculator), runs in rows.items():
+            cells.append(make_row(name, calculator, runs, args.samples, tokenizer))
+        n = len(runs[0])
+        print(f"\n{test}: {args.samples} samples for each of {n} problems, {len(runs)} runs, %\n")
+        print_rows(list(cells[0]), [list(row.values()) for row in cells])
 
 
 if __name__ == "__main__":
