@@ -310,6 +310,8 @@ def main() -> None:
     parser.add_argument("question", nargs="*", help="without any: one slot against 32")
     parser.add_argument("--checkpoint", default=tiny, help="a folder (data/tiny)")
     args = parser.parse_args()
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks ends nothing
     torch.set_flush_denormal(True)
     try:
         model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)

@@ -9,11 +9,13 @@ The same command again continues a run that was stopped.
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -235,6 +237,10 @@ def is_the_papers(config: argparse.Namespace) -> bool:
 
 def main() -> None:
     began = time.perf_counter()
+    if sys.version_info < (3, 11):
+        sys.exit("run.py: this needs Python 3.11 or later")
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks ends nothing
     config = parse_args()
     folder = Path(config.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun and schedulers stop us so
@@ -271,8 +277,9 @@ def main() -> None:
 
     if rank == 0:
         print(f"Flan-T5 {config.size} on {n_processes} x {config.device} -> {folder}")
+        questions = {p.question for p in chain(labeled, unlabeled, *tests.values())}
         longest = min(MAX_RATIONALE, config.max_new_tokens)
-        print(describe(labeled, tokenizer, MAX_QUESTION, longest))
+        print(describe(labeled, questions, tokenizer, MAX_QUESTION, longest))
     stages = Stages(base, tokenizer, config, folder, log)
     methods = ("st", "dpo-st") if config.method == "both" else (config.method,)
     for method in methods:
@@ -280,7 +287,7 @@ def main() -> None:
     if rank == 0:
         print(f"\n{make_table(folder, config)}")
         print(f"{time.perf_counter() - began:,.0f} s. Ask the last model:")
-        print(f'python decode.py --checkpoint "{model}" "QUESTION"')
+        print(f'python "{os.path.relpath(HERE)}/decode.py" --checkpoint "{model}" "QUESTION"')
 
 
 def explain(error: BaseException) -> str | None:

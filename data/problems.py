@@ -11,7 +11,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,17 +174,23 @@ def spelled(problem: Problem) -> str:
     return " ".join(problem.question.split()).casefold()
 
 
-def describe(problems: list[Problem], tokenizer, max_question: int, max_rationale: int) -> str:
-    """What of the training texts is cut (lengths in tokens) or lost: to be said before training."""
-    cut = long = unknown = 0
-    for problem in problems:
-        question = tokenizer.encode(problem.question)
+def describe(
+    labeled: list[Problem],
+    questions: Collection[str],
+    tokenizer,
+    max_question: int,
+    max_rationale: int,
+) -> str:
+    """What of the texts is cut (lengths in tokens) or lost."""
+    cut = sum(len(tokenizer.encode(question)) > max_question for question in questions)
+    long = unknown = 0
+    for problem in labeled:
         rationale = tokenizer.encode(problem.rationale)
-        cut += len(question) > max_question
         long += len(rationale) > max_rationale
-        unknown += tokenizer.pieces.unk_id() in question + rationale
+        ids = rationale + tokenizer.encode(problem.question)
+        unknown += tokenizer.pieces.unk_id() in ids
     return (
-        f"Of {len(problems)} labeled problems {cut} questions are cut at {max_question} tokens, "
-        f"{long} rationales are longer than {max_rationale}, "
-        f"{unknown} have signs that the vocabulary lacks"
+        f"Of {len(questions)} questions {cut} are cut at {max_question} tokens; of {len(labeled)} "
+        f"labeled problems {long} have rationales longer than {max_rationale}, {unknown} have signs "
+        "that the vocabulary lacks"
     )

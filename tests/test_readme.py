@@ -42,7 +42,7 @@ def test_every_file_shows_its_idea():
 def test_quick_commands_work_as_printed(command, monkeypatch):
     """A newcomer copies them. (In this process: a new one would only import torch again.)"""
     _, *words = shlex.split(command)
-    said = io.StringIO()
+    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.chdir(ROOT)
     monkeypatch.delitem(sys.modules, words[-1], raising=False)  # or a module would run twice
     with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,8 @@ def test_quick_commands_work_as_printed(command, monkeypatch):
                 runpy.run_path(words[0], run_name="__main__")
         except SystemExit as end:
             assert not end.code
-    assert len(said.getvalue().splitlines()) >= 1
+    said.seek(0)
+    assert len(said.read().splitlines()) >= 1
 
 
 def test_every_departure_is_listed():

@@ -1,4 +1,4 @@
-"""tests/bench/report.py: tables and figures come from run folders alone, and say what is in them."""
+"""tests/bench/report.py: tables and figures come from run folders alone, and say what is there."""
 
 import json
 import shutil
@@ -174,7 +174,7 @@ def test_runs_of_other_kinds_are_refused(run_folder, tmp_path):
 
 
 def test_your_own_problems_must_be_the_same_ones(run_folder, tmp_path):
-    """Generated problems follow from the seed; a file of one's own may have changed under its name."""
+    """Generated problems follow from the seed; a file may have changed under its name."""
     for name in ("run-1", "run-2"):
         shutil.copytree(run_folder, tmp_path / name)
         change_config(tmp_path / name, labeled="labeled.jsonl", problems=f"those of {name}")

@@ -54,7 +54,10 @@ def main_in_this_process(*arguments: object) -> tuple[int, str]:
     sys.argv = ["run.py", *map(str, arguments)]
     gc.freeze()  # what exists by now need not be looked through afterwards
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())),
+        ):
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
         return 0, said.getvalue()
     except SystemExit as end:
@@ -295,6 +298,35 @@ def test_a_first_command_that_fails_does_not_claim_the_folder(tmp_path):
     assert result.returncode == 2 and not (tmp_path / "run").exists()
 
 
+def test_a_terminal_that_lacks_a_sign_loses_nothing():
+    """The marks « and » are not in every encoding; they died with a traceback on a Chinese terminal."""
+    for script, arguments in (
+        ("decode.py", ["Tom has 3 pens. How many?"]),
+        ("calculator.py", ["48 / 2"]),
+    ):
+        result = subprocess.run(
+            [sys.executable, script, *arguments], cwd=ROOT, capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+
+
+def test_a_run_can_be_started_from_elsewhere(tmp_path):
+    """Through a link, from another folder, into a path with spaces; the command that it prints works there."""
+    (tmp_path / "link.py").symlink_to(ROOT / "run.py")
+    flags = "--rounds 0 --method st --limit 4 --sft-epochs 1 --max-new-tokens 20 --out".split()
+    result = subprocess.run(
+        [sys.executable, "link.py", *flags, "my run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout.strip().splitlines()[-1].replace("python", sys.executable, 1)
+    assert subprocess.run(printed, shell=True, cwd=tmp_path, capture_output=True).returncode == 0
+
+
 def write_problems(path: Path, problems: list) -> Path:
     write_jsonl(map(asdict, problems), path)
     return path
@@ -357,7 +389,7 @@ def test_what_a_model_cannot_learn_to_write_is_counted_before_it_is_trained(tmp_
     files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled)]
     files += ["--test", f"who={write_problems(tmp_path / 't.jsonl', [Problem('Who?', 'Ana')])}"]
     result = command(*files, *OWN, "--rounds", 0, "--out", tmp_path / "run")
-    assert "1 rationales are longer than 30, 1 have signs" in result.stdout, result.stderr
+    assert "1 have rationales longer than 30, 1 have signs" in result.stdout, result.stderr
 
 
 def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path):
@@ -397,7 +429,7 @@ def test_questions_that_are_cut_are_counted(tmp_path):
     files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled)]
     files += ["--test", f"t={write_problems(tmp_path / 't.jsonl', [Problem('How many?', 3.0)])}"]
     result = command(*files, *OWN, "--rounds", 0, "--out", tmp_path / "run")
-    assert "Of 2 labeled problems 2 questions are cut" in result.stdout, result.stderr
+    assert "Of 3 questions 2 are cut at 200 tokens" in result.stdout, result.stderr
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):

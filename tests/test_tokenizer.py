@@ -210,6 +210,12 @@ def test_gsm8k_follows_the_rules_but_for_mapped_signs(raw, formatted):
     ][:2]
 
 
+def test_line_ends_of_windows_change_nothing():
+    """A text typed there ends its lines in two characters; the first of them is no part of a step."""
+    text = "2*3 = <<2*3=6>>6 apples.\n6+1 = <<6+1=7>>7\n#### 7"
+    assert format_rationale(text.replace("\n", "\r\n")) == format_rationale(text)
+
+
 def test_gsm8k_keeps_its_words_and_numbers(raw, formatted):
     """Formatting moves spaces and signs only: letters and digits of every step and the answer line survive in order."""
     for before, after in zip(raw, formatted):

@@ -351,13 +351,13 @@ def draw_band(
     axes, x: Sequence, rows: list, label: str, color: str, linestyle: str = "-", marker: str = ""
 ) -> None:
     """A line through the means of rows, one row per run, and a band of one standard deviation."""
-    columns = list(zip(*rows))
+    columns = list(zip(*rows, strict=True))
     means = [statistics.mean(column) for column in columns]
     axes.plot(x, means, color=color, label=label, linestyle=linestyle, marker=marker)
     if len(rows) > 1:
         deviations = [statistics.stdev(column) for column in columns]
-        low = [mean - deviation for mean, deviation in zip(means, deviations)]
-        high = [mean + deviation for mean, deviation in zip(means, deviations)]
+        low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
+        high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
         axes.fill_between(x, low, high, color=color, alpha=0.2)
 
 
@@ -402,7 +402,8 @@ def draw_dpo_step(runs: list[dict]):
     """What the first DPO step does to samples on U; None where not all runs have come so far."""
     stage = "dpo-st/round-1"
     figure, panels = new_figure(10, 4, 3)
-    for axes, name in zip(panels, ("pass@1", "pass@3", "pseudo-labels of 3 samples")):
+    names = ("pass@1", "pass@3", "pseudo-labels of 3 samples")
+    for axes, name in zip(panels, names, strict=True):
         for x, when, color in ((0, "before", "#999999"), (1, "after", RED)):
             values = values_of(runs, stage, when, name)
             if len(values) < len(runs):

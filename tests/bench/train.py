@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -54,16 +55,17 @@ from sft import (
     start_processes,
     train_sft,
 )
-from tests.bench.decode import TINY, in_new_process, load_peer, resident, spread, take_turns
+from tests.bench.decode import TINY, in_new_process, load_peer, resident, spread
 from tokenizer import Tokenizer, format_rationale, pad_batch
 
 BETA = 0.1
+PEERS = {"SFT": "transformers", "DPO": "TRL's way"}
 
 
-def make_schedule(task: str, bf16: bool, device: str) -> Schedule:
-    """The numbers of a run, but for smaller batches on a CPU and a line for every step."""
-    config = parse_args(["--size", "small", "--device", device])
-    on_gpu = device == "cuda"
+def make_schedule(task: str, args: argparse.Namespace) -> Schedule:
+    """The numbers of run.py, but for smaller batches on a CPU and a line for every step."""
+    config = parse_args(["--size", "small", "--device", args.device])
+    on_gpu = args.device == "cuda"
     return Schedule(
         learning_rate=config.sft_learning_rate if task == "SFT" else config.dpo_learning_rate,
         batch_size=96 if on_gpu else 12,
@@ -72,7 +74,7 @@ def make_schedule(task: str, bf16: bool, device: str) -> Schedule:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         micro_batch_tokens=2**14 if on_gpu else config.micro_batch_tokens,
-        bf16=bf16,
+        bf16=args.bf16 or on_gpu,
         log_every=1,
         seed=config.seed,
     )
@@ -129,3 +131,194 @@ def peer_train(model, items: list, schedule: Schedule, loss_of: Callable) -> lis
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+# ---------------------------------------------------------------------------------------- the turns
+
+
+def prepare(system: str, folder: Path, items: list, schedule: Schedule, device: str) -> Callable:
+    """Load what a system needs; return its training of one epoch, which returns losses by step."""
+    if system == "transformers":
+        model = load_peer(folder, device=device)
+        return partial(peer_train, model, items, schedule, partial(peer_sft_loss, model))
+    if system == "TRL's way":
+        policy = load_peer(folder, device=device)
+        reference = load_peer(folder, device=device)
+        loss_of = partial(peer_dpo_loss, policy, reference)
+        return partial(peer_train, policy, items, schedule, loss_of)
+    model = load_flan_t5(folder, device=device)
+
+    def ours() -> list[float]:
+        lines: list[dict] = []
+        if isinstance(items[0], Example):
+            train_sft(model, items, 1, schedule, "SFT", lines.append)
+        else:
+            n_steps = math.ceil(len(items) / schedule.batch_size)
+            train_dpo(model, items, n_steps, BETA, schedule, "DPO", lines.append)
+        return [line["loss"] for line in lines]
+
+    return ours
+
+
+def train_once(n_threads: int, device: str, *arguments: object) -> tuple[float, list[float], int]:
+    """In a process of its own: the seconds of an epoch, its losses, and the peak of memory so far."""
+    torch.set_num_threads(n_threads)
+    torch.set_flush_denormal(True)
+    train = prepare(*arguments, device)
+    began = time.perf_counter()
+    losses = train()  # numbers, so a GPU has done its work
+    seconds = time.perf_counter() - began
+    if device == "cuda":
+        return seconds, losses, torch.cuda.max_memory_allocated()
+    return seconds, losses, resident("VmHWM")
+
+
+def compare(task: str, folder: Path, items: list, args: argparse.Namespace) -> None:
+    """Let the systems of a task take turns on the same items; print a row for each peer."""
+    schedule = make_schedule(task, args)
+    systems = {"ours": schedule, PEERS[task]: schedule}
+    if args.bf16 and args.device == "cpu":
+        systems["ours in fp32"] = replace(schedule, bf16=False)
+    processes = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in systems}
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    losses: dict[str, list[float]] = {}
+    memory: dict[str, int] = {}
+    for _ in range(args.repeats):
+        for name, schedule in systems.items():
+            arguments = (args.threads, args.device, name, folder, items, schedule)
+            result = processes[name].submit(train_once, *arguments).result()
+            seconds[name].append(result[0])
+            losses[name] = result[1]
+            memory[name] = result[2]
+    for process in processes.values():
+        process.shutdown()
+    speeds = {name: len(items) / statistics.median(spent) for name, spent in seconds.items()}
+    for peer in list(systems)[1:]:
+        pairs = zip(losses["ours"], losses[peer], strict=True)
+        difference = max(abs(our - their) for our, their in pairs)
+        cells = [task, f"{speeds['ours']:.2f}", peer, f"{speeds[peer]:.2f}"]
+        cells += [spread(seconds["ours"], seconds[peer])]
+        cells += [f"{memory['ours'] / 2**20:,.0f} of {memory[peer] / 2**20:,.0f} MiB"]
+        cells += [f"{difference:.1e}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+# ------------------------------------------------------------------- memory by size, two processes
+
+
+def no_log(line: dict) -> None:
+    """Print nothing."""
+
+
+def measure_memory(size: str, examples: list[Example], schedule: Schedule) -> tuple[int, int]:
+    """In a new process: the number of parameters, and the bytes that SFT takes at the most."""
+    torch.set_flush_denormal(True)
+    before = resident("VmRSS")
+    model = T5(SIZES[size])
+    train_sft(model, examples, 1, schedule, "SFT", no_log)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return n_parameters, resident("VmHWM") - before
+
+
+def scale_worker(questions: list[str], examples: list[Example], args: argparse.Namespace) -> None:
+    """What a process of --scale does: sample, then train; process 0 says how long that took."""
+    torch.set_num_threads(1)
+    start_processes("cpu")
+    torch.manual_seed(0)
+    model = T5(SIZES["small"])
+    tokenizer = Tokenizer(args.vocabulary)
+
+    def write(some: list[str]) -> list:
+        return generate(model, tokenizer, some, 2, temperature=0.7, max_new_tokens=64)
+
+    if dist.is_initialized():
+        dist.barrier()
+    began = time.perf_counter()
+    share_work(questions, write)
+    sampled = time.perf_counter()
+    train_sft(model, examples, 1, make_schedule("SFT", args), "SFT", no_log)
+    trained = time.perf_counter()
+    if rank_and_count()[0] == 0:
+        print(f"SECONDS {sampled - began} {trained - sampled}", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def measure_scale(repeats: int) -> None:
+    """Let one process and two take turns under torchrun, each process with one thread."""
+    sampling: dict[int, list[float]] = {1: [], 2: []}
+    training: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for n in (1, 2):
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(n), "-m", "tests.bench.train", *sys.argv[1:]]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+            run.check_returncode()
+            words = run.stdout.split("SECONDS")[1].split()
+            sampling[n].append(float(words[0]))
+            training[n].append(float(words[1]))
+    print(f"Two processes, times as fast as one: sampling {spread(sampling[2], sampling[1])}")
+    print(f"Two processes, times as fast as one: SFT {spread(training[2], training[1])}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="48 examples and pairs, not 256 and 96"
+    )
+    parser.add_argument("--vocabulary", type=Path, default=TINY, help="folder with spiece.model")
+    parser.add_argument("--problems", type=Path, help="JSONL of problems with rationales")
+    parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--repeats", type=int, default=3, help="turns (3)")
+    parser.add_argument("--threads", type=int, default=1, help="of every system (1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast, and beside our own fp32")
+    parser.add_argument("--memory", nargs="+", choices=SIZES, help="only SFT's memory by size")
+    parser.add_argument("--scale", action="store_true", help="only two processes against one")
+    args = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
+    torch.set_flush_denormal(True)
+    problems = load_problems(args.problems) if args.problems else make_problems(1400, seed=0)
+    problems = [replace(p, rationale=format_rationale(p.rationale)) for p in problems[:1400]]
+    tokenizer = Tokenizer(args.vocabulary)
+    examples = make_examples(problems[: 48 if args.quick else 256], tokenizer)
+    if args.scale and "RANK" in os.environ:  # torchrun has started this process
+        scale_worker([problem.question for problem in problems[:32]], examples, args)
+        return
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, "
+        f"{args.threads} threads, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, {args.repeats} turns, {args.size} on {args.device}\n"
+    )
+    if args.scale:
+        measure_scale(args.repeats)
+        return
+    if args.memory:
+        print("| size | 16 bytes per parameter | peak |\n|---|---|---|")
+        for size in args.memory:
+            arguments = (size, examples[:24], make_schedule("SFT", args))
+            n_parameters, peak = in_new_process(measure_memory, *arguments)
+            print(
+                f"| {size} | {16 * n_parameters / 1e9:.1f} GB | {peak / 1e9:.1f} GB |", flush=True
+            )
+        return
+    pairs = []
+    # Three pairs a question, as in a run; the rejected rationale is that of another question.
+    for i, problem in enumerate(problems[: 16 if args.quick else 32]):
+        for number in range(3):
+            other = problems[(3 * i + number + 500) % len(problems)]
+            pairs.append(PreferencePair(problem.question, problem.rationale, other.rationale))
+    print(
+        "| task | examples or pairs/s | beside | its | ratio | peak memory | difference in loss |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        save_flan_t5(T5(replace(SIZES[args.size], dropout=0.0)), folder)
+        compare("SFT", Path(folder), examples, args)
+        compare("DPO", Path(folder), make_pair_examples(pairs, tokenizer), args)
+
+
+if __name__ == "__main__":
+    main()
