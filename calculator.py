@@ -92,7 +92,7 @@ def read_factor(tokens: deque[str], depth: int) -> float:
         if not tokens or tokens.popleft() != ")":
             raise ValueError("a bracket stays open")
     else:
-        value = bounded(float(first.replace(",", "")))
+        value = bounded(float(first.replace(",", "")))  # raises ValueError for a sign such as `)`
     while tokens and tokens[0] == "%":
         tokens.popleft()
         value = value / 100

@@ -37,7 +37,7 @@ class Sample:
     text: str = ""
     ids: list[int] = field(default_factory=list)  # without EOS
     forced: list[bool] = field(default_factory=list)  # which of the ids the calculator wrote
-    finished: bool = False  # whether the model ended it, or the limit did
+    finished: bool = False  # True: the model ended it; False: the limit cut it
 
 
 def uniform_noise(seed: int | str, question: str, number: int, n: int) -> list[float]:
@@ -56,7 +56,8 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Ten
     vocab_size = logits.shape[-1]
     scores, ids = logits.float().topk(min(top_k or vocab_size, vocab_size))  # (B, k)
     cumulative = (scores / temperature).softmax(-1).cumsum(-1)  # (B, k)
-    # The first id whose cumulative probability exceeds the noise. The sum may round to below 1.
+    # The first id whose cumulative probability exceeds the noise. In fp32 the sum may round to
+    # below 1, and the noise up to 1: hence the scaling, and the clamp.
     choice = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
     return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1))[:, 0]
 
@@ -111,7 +112,7 @@ class RowState:
             # In a piece with text behind `=` the model has written past the calculator's turn.
             if self.expression.endswith("="):
                 result = calculate(self.expression[:-1])
-                if result is not None:
+                if result is not None:  # SentencePiece begins every text with a space: `= 24]`
                     self.queue.extend(self.tokenizer.encode(f"{result}]")[:-1])  # without EOS
             self.expression = None
 
@@ -168,7 +169,7 @@ class KVCache:
     def advance(self) -> tuple[Tensor, Tensor]:
         """Begin a step: the bias for written tokens (B, H, 1, T) and the question (B, 1, 1, S)."""
         self.slots = torch.arange(len(self.lengths), device=self.lengths.device)
-        # The column that this step writes in every slot; a slot without work stays at the last one.
+        # The column that this step writes in every slot. A finished slot keeps counting: clamp.
         self.now = self.lengths.clamp(max=self.own.shape[4] - 1)
         self.lengths += 1
         # How long ago each column was written; negative: not by this rationale.
@@ -273,7 +274,7 @@ def generate(
         busy = [slot for slot, row in enumerate(rows) if not row.done]
         if not busy:
             break
-        # 2. Where no recorded step forbids it: drop slots that stay free, read no empty columns.
+        # 2. On a CPU (a CUDA graph needs fixed shapes) drop idle slots, and read no empty columns.
         if not on_gpu:
             if len(busy) <= 0.75 * len(rows):
                 cache.keep(busy)

@@ -22,7 +22,7 @@ from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A question, a rationale that reaches its answer, and one that does not."""
+    """A question x, a rationale that reaches its answer (y_w), and one that does not (y_l)."""
 
     question: str
     chosen: str
@@ -58,7 +58,7 @@ def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Ten
     """log pi(y|x) of the chosen and of the rejected rationales, each (B,) fp32.
 
     It is a SUM over a rationale's tokens, EOS included and padding excluded: the log-probability of
-    the whole text. Nothing is shifted here, the decoder's inputs already are. Each question is
+    the whole text. Nothing is shifted here: token_logps has shifted. Each question is
     encoded once for both of its rationales.
     """
     input_ids, mask = pad_batch([pair.input_ids for pair in pairs], model.device)
@@ -94,7 +94,7 @@ def dpo_loss(
 def pair_loss(
     policy: T5, pairs: Sequence[PairExample], reference: T5, beta: float
 ) -> dict[str, Tensor]:
-    """Eq. 5 for some pairs, and the numbers that explain it, each summed over the pairs."""
+    """Eq. 5 with both its models, and the numbers that explain it, each summed over the pairs."""
     with torch.no_grad():
         reference_chosen, reference_rejected = sequence_logps(reference, pairs)
     chosen, rejected = sequence_logps(policy, pairs)

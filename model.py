@@ -24,7 +24,7 @@ from data.checkpoints import read_fields, read_number, read_tensors, write_check
 START_ID = 0  # the decoder's first input: T5 starts from the padding id
 N_BUCKETS = 32  # of relative positions
 MAX_DISTANCE = 128  # in tokens; everything farther away shares the last bucket
-MASKED = -1e30  # added to a score that must not count; -inf would make NaN of a row without any key
+MASKED = -1e30  # added to a score that must not count; -inf makes NaN of a row without any key
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class T5Config:
     epsilon: float = 1e-6  # in RMSNorm
 
 
-SIZES = {
+SIZES = {  # the public sizes, and tiny; a checkpoint's own config.json is what counts
     "tiny": T5Config(d_model=128, d_ff=256, n_heads=4, n_layers=2, d_kv=32, vocab_size=768),
     "small": T5Config(d_model=512, d_ff=1024, n_heads=6, n_layers=8),
     "base": T5Config(d_model=768, d_ff=2048, n_heads=12, n_layers=12),
@@ -224,7 +224,10 @@ class T5(nn.Module):
         self.apply(self.initialise)
 
     def initialise(self, module: nn.Module) -> None:
-        """Random start by fan-in. q is smaller by the 1/sqrt(K) that attention scores lack."""
+        """Random start by fan-in, for models that are not loaded; `apply` visits children first.
+
+        q is smaller by the factor 1/sqrt(K) that attention scores lack.
+        """
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif module is self.shared:
@@ -261,7 +264,7 @@ class T5(nn.Module):
         source_bias = padding_bias(attention_mask)  # cross-attention has no position bias
         x = stack.dropout(self.shared(decoder_input_ids))
         for block in stack.blocks:
-            x = block(x, bias, states, source_bias)
+            x = block(x, bias, states=states, source_bias=source_bias)
         return stack.dropout(stack.final_norm(x))
 
     def forward(
@@ -273,10 +276,10 @@ class T5(nn.Module):
 
     def step(self, ids: Tensor, cache) -> Tensor:
         """One more token for every slot of a decode.KVCache: ids (B,) int64 -> logits (B, V)."""
-        bias, source_bias = cache.advance()
+        bias, source_bias = cache.advance()  # opens the next column of every slot
         x = self.shared(ids[:, None])  # (B, 1, D)
         for block in self.decoder.blocks:
-            x = block(x, bias, None, source_bias, cache)
+            x = block(x, bias, source_bias=source_bias, cache=cache)
         return self.lm_head(self.decoder.final_norm(x))[:, 0]
 
 
@@ -336,13 +339,11 @@ def read_config(folder: str | Path) -> T5Config:
         found = fields.get(name, standard.get(name))
         if found != wanted:
             raise ValueError(f"{path}: {name} is {found!r}; a Flan-T5 has {wanted!r}")
-    # A tied head scales its logits. Release 5 of the public library writes "tied" for every T5, and
-    # says in a field of its own whether the logits are scaled.
+    # Release 5 of the public library writes tie_word_embeddings true for every T5, and whether the
+    # head is really tied, and its logits scaled, into a field of its own.
     scaled = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", True))
     if scaled is not False:
-        raise ValueError(
-            f"{path}: tie_word_embeddings says that the head is tied; Flan-T5's is not"
-        )
+        raise ValueError(f"{path}: the head is tied (tie_word_embeddings); Flan-T5's is not")
     numbers = {}
     for ours, public in PUBLIC_FIELDS.items():
         default = getattr(T5Config, ours, None)
@@ -365,7 +366,10 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
     tensors = read_tensors(folder)
     for name in EMBEDDING_COPIES:  # public files store the embedding under one to three names
         copy = tensors.pop(name, None)
-        if copy is not None and not torch.equal(tensors.setdefault("shared.weight", copy), copy):
+        if copy is None:
+            continue
+        shared = tensors.setdefault("shared.weight", copy)
+        if not torch.equal(shared, copy):
             raise ValueError(f"{folder}: {name} differs from the other embedding: not a Flan-T5")
     state = {}
     for name, parameter in model.named_parameters():

@@ -9,7 +9,6 @@ The same command again continues a run that was stopped.
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ from data.synthetic import make_datasets
 from decode import MAX_NEW_TOKENS, TOP_K
 from model import SIZES, read_config
 from selftrain import MAX_SIMILARITY, N_PAIRS, PERCENTILE, Stages, accuracies, self_train
-from sft import from_process_0, rank_and_count, start_processes
+from sft import end_processes, from_process_0, rank_and_count, start_processes
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, format_rationale
 
 HERE = Path(__file__).resolve().parent
@@ -87,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     share = between(0, 1)
 
     def number(flag: str, kind: Callable, default: float, text: str) -> None:
+        """A flag of the group above it."""
         group.add_argument(flag, type=kind, default=default, help=f"{text} (%(default)s)")
 
     group = parser.add_argument_group("the run")
@@ -99,8 +99,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--weights", default="", help="your own checkpoint; --size sets the defaults"
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    group.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    group.add_argument("--device", choices=devices, default=devices[0])
 
     group = parser.add_argument_group("your own problems (JSONL)")
     group.add_argument("--labeled", default="", metavar="FILE", help="with rationales")
@@ -153,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line -> the numbers of a run."""
     parser = make_parser()
-    if parser.parse_known_args(argv)[0].size == "tiny":
+    if parser.parse_known_args(argv)[0].size == "tiny":  # its defaults are others
         parser.set_defaults(**TINY)
     config = parser.parse_args(argv)
     config.bf16 = config.bf16 or config.device == "cuda"
@@ -201,13 +201,13 @@ def load_data(
 
 def make_table(folder: Path, config: argparse.Namespace) -> str:
     """Gather the evaluations in results.json and results.md; return the table, as table 2."""
-    stages = {"warm-up": ["SFT", 0]}
+    labels = {"warm-up": ["SFT", 0]}
     for method in ("st", "dpo-st"):
         for number in range(1, config.rounds + 1):
-            stages[f"{method}/round-{number}"] = [method.upper(), number]
+            labels[f"{method}/round-{number}"] = [method.upper(), number]
     results = {}
     rows = []
-    for stage, label in stages.items():
+    for stage, label in labels.items():
         path = folder / stage / "evaluation.jsonl"
         if path.exists():
             results[stage] = accuracies(read_jsonl(path))
@@ -287,7 +287,8 @@ def main() -> None:
     if rank == 0:
         print(f"\n{make_table(folder, config)}")
         print(f"{time.perf_counter() - began:,.0f} s. Ask the last model:")
-        print(f'python "{os.path.relpath(HERE)}/decode.py" --checkpoint "{model}" "QUESTION"')
+        print(f'python "{HERE / "decode.py"}" --checkpoint "{model}" "QUESTION"')
+    end_processes()
 
 
 def explain(error: BaseException) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.folder import write_beside
+from data.folder import remove_leftovers, write_beside
 from data.problems import Problem, read_jsonl, same_answer, write_jsonl
 from decode import generate
 from dpo import PreferencePair, make_pair_examples, train_dpo
@@ -169,12 +169,12 @@ def self_train(
     labeled is L, with formatted rationales. unlabeled is U: its questions and answers are used, not
     its rationales. config: the flags of run.py. stages: does the work.
     """
-    # A question of U that L holds, too, has L's rationale: gold, to lead the correct samples.
+    # U's own rationales are not used. Where L holds the same question, L's rationale is gold.
     gold = {(problem.question, problem.answer): problem.rationale for problem in labeled}
     unlabeled = [replace(p, rationale=gold.get((p.question, p.answer))) for p in unlabeled]
     known = set(labeled)
-    drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # by all SFT models so far
-    drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]  # by all sampling models so far
+    drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # by f', of all rounds
+    drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]  # by f' (ST) or f_d (DPO-ST)
     model = stages.sft("warm-up/sft", labeled)  # f' = SFT(f, L)
     stages.evaluate("warm-up/evaluation.jsonl", model, tests)
     for number in range(1, config.rounds + 1):
@@ -304,7 +304,7 @@ class Stages:
         return labels
 
     def keep(self, name: str, items: Sequence) -> None:
-        """Write pairs or labels as a file that one can open; a restart makes them anew."""
+        """Write pairs or labels for people to read; training takes them from memory."""
         path = self.folder / name
         if not finished(path):
             questions = {item.question for item in items}
@@ -312,7 +312,7 @@ class Stages:
             finish(path, partial(write_jsonl, map(asdict, items)))
 
     def evaluate(self, name: str, model: Path, tests: dict[str, Sequence[Problem]]) -> None:
-        """Greedy rationales on every test set, and on the first one without the calculator too."""
+        """Greedy rationales on every test set; on the first one also without calculator."""
         path = self.folder / name
         if not finished(path):
             writer = self.load_writer(model)
@@ -403,7 +403,8 @@ def finish(path: Path, write: Callable[[Path], None]) -> None:
     A run that is killed before that makes the stage again; one that is killed later finds it.
     """
 
-    from_process_0(partial(write_beside, path, write))  # the others wait
+    from_process_0(partial(write_beside, path, write))
+    from_process_0(partial(remove_leftovers, path))
 
 
 def main() -> None:

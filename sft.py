@@ -84,9 +84,9 @@ def token_logps(model: T5, states: Tensor, attention_mask: Tensor, labels: Tenso
 
 
 def sft_loss(model: T5, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Eq. 2: the negative log-likelihood of the rationales, summed over their tokens.
+    """The sum in eq. 2: the negative log-likelihood of the rationales' tokens.
 
-    `train` divides by the number of tokens in the whole batch.
+    `train` divides it by the number of tokens in the whole batch.
     DIFFERS: the authors average over the tokens of each device, and then over the devices.
     """
     input_ids, mask = pad_batch([example.input_ids for example in examples], model.device)
@@ -154,13 +154,13 @@ def train(
         )
     rank, n_processes = rank_and_count()
     torch.manual_seed(schedule.seed + rank)  # dropout is another one in every process
-    model.train(dropout)
+    model.train(dropout)  # False: evaluation mode
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=schedule.weight_decay, fused=True
     )
-    source = batches(items, schedule.batch_size, schedule.seed)
+    batch_stream = batches(items, schedule.batch_size, schedule.seed)
     for step in tqdm(range(n_steps), name, unit="step", disable=True if rank > 0 else None):
-        batch = next(source)
+        batch = next(batch_stream)
         weight = sum(item.weight for item in batch)
         # 1. The gradient of this process's share of the batch, one micro-batch after the other.
         sums: dict[str, float] = {}
@@ -210,7 +210,7 @@ def train_sft(
 # Every process goes through the whole program. They share the examples of a batch and the problems
 # of a sampling; process 0 alone changes files and prints.
 
-TIMEOUT = timedelta(hours=1)  # how long one process waits for another before it gives up
+TIMEOUT = timedelta(hours=4)  # how long one process waits for another before it gives up
 
 
 def start_processes(device: str) -> None:
@@ -225,6 +225,12 @@ def start_processes(device: str) -> None:
     dist.init_process_group(timeout=TIMEOUT)
 
 
+def end_processes() -> None:
+    """Part from the other processes."""
+    if rank_and_count()[1] > 1:
+        dist.destroy_process_group()
+
+
 def rank_and_count() -> tuple[int, int]:
     """The number of this process and how many there are: 0 and 1 unless under torchrun."""
     if dist.is_available() and dist.is_initialized():
@@ -233,7 +239,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def from_process_0(make: Callable[[], object]) -> object:
-    """make(), called by process 0 alone; all processes get what it returns."""
+    """make(), called by process 0 alone; all wait for it, and get what it returns."""
     rank, n_processes = rank_and_count()
     if n_processes == 1:
         return make()

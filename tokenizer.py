@@ -42,38 +42,42 @@ class Tokenizer:
                 f"{path} is missing: a checkpoint folder needs its spiece.model"
             )
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
             raise ValueError(f"{path} is not a SentencePiece model: fetch it again") from None
-        special = (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())
+        special = (
+            self.sentencepiece.pad_id(),
+            self.sentencepiece.eos_id(),
+            self.sentencepiece.unk_id(),
+        )
         if special != (PAD_ID, EOS_ID, UNKNOWN_ID):
             raise ValueError(
                 f"{path} has the ids {special} for padding, end and unknown: "
                 f"T5's are {PAD_ID}, {EOS_ID}, {UNKNOWN_ID}"
             )
-        self.n_pieces = self.pieces.get_piece_size()
+        self.n_pieces = self.sentencepiece.get_piece_size()
         self.vocab_size = self.n_pieces + N_SENTINELS
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Turn text into ids that end in EOS, at most max_length of them, the EOS included."""
-        ids = self.pieces.encode(text)
+        ids = self.sentencepiece.encode(text)
         if max_length is not None:
             ids = ids[: max_length - 1]
         return ids + [EOS_ID]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn ids into text. Padding, EOS, sentinels and ids without a piece vanish."""
-        return self.pieces.decode([i for i in ids if EOS_ID < i < self.n_pieces])
+        """Turn ids into text. Special ids, unknown ones included, are left out."""
+        return self.sentencepiece.decode([i for i in ids if UNKNOWN_ID < i < self.n_pieces])
 
     def piece(self, i: int) -> str:
         """The text of one id as it stands in a sentence: with a leading space where it has one."""
         if UNKNOWN_ID < i < self.n_pieces:
-            return self.pieces.id_to_piece(i).replace("▁", " ")
+            return self.sentencepiece.id_to_piece(i).replace("▁", " ")
         return ""
 
     def piece_set(self, text: str) -> frozenset[str]:
         """The distinct pieces of a text, by which similarity is measured."""
-        return frozenset(self.pieces.encode(text, out_type=str))
+        return frozenset(self.sentencepiece.encode(text, out_type=str))
 
 
 def pad_batch(

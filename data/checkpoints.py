@@ -102,9 +102,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 if name in tensors:
                     raise ValueError(f"{name} stands in two shards")
                 tensors[name] = tensor.detach()
-        except (
-            Exception
-        ) as error:  # of pickle, zipfile, safetensors or torch: whatever it is, the file is bad
+        except MemoryError:
+            raise
+        except Exception as error:  # of pickle, zipfile, safetensors or torch: the file is bad
             raise damaged(path, error) from None
     return tensors
 

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from data.checkpoints import weight_files
+
 MAY_CHANGE = {  # when a run goes on: for more of it, and where its computing is done
     "rounds",
     "method",
@@ -53,7 +55,11 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
         write(unfinished)
         if not path.is_dir():  # else another run has made the same folder meanwhile
             os.replace(unfinished, path)
-    for leftover in path.parent.glob(f"{prefix}*"):  # of a process that was killed above
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a process that was killed in `write_beside` has left beside a finished path."""
+    for leftover in path.parent.glob(f"{path.name}.unfinished-*"):
         if leftover.is_dir() and {part.name for part in leftover.iterdir()} <= {path.name}:
             shutil.rmtree(leftover)
 
@@ -98,12 +104,11 @@ def read_config(path: Path) -> dict:
 
 
 def checksum(base: Path) -> str:
-    """A checksum of a checkpoint's files, whatever their folder is called."""
+    """A checksum of the files that are read of a checkpoint, whatever their folder is called."""
     digest = hashlib.sha256()
-    for path in sorted(base.iterdir()):
-        if path.suffix in (".json", ".bin", ".safetensors", ".model"):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in [base / "config.json", base / "spiece.model", *weight_files(base)]:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -188,9 +188,9 @@ def describe(
         rationale = tokenizer.encode(problem.rationale)
         long += len(rationale) > max_rationale
         ids = rationale + tokenizer.encode(problem.question)
-        unknown += tokenizer.pieces.unk_id() in ids
+        unknown += tokenizer.sentencepiece.unk_id() in ids
     return (
         f"Of {len(questions)} questions {cut} are cut at {max_question} tokens; of {len(labeled)} "
-        f"labeled problems {long} have rationales longer than {max_rationale}, {unknown} have signs "
-        "that the vocabulary lacks"
+        f"labeled problems {long} have rationales longer than {max_rationale}, "
+        f"{unknown} have signs that the vocabulary lacks"
     )

@@ -14,8 +14,8 @@
     8      memory beside the formula of decode.KVCache
     9      in bf16, with the calculator; on a GPU with and without decode.record_step
 
-Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model,
-GSM8K's test.jsonl and, for case 7, a checkpoint that writes rationales. Other weights are random,
+Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model
+and GSM8K's test.jsonl; case 7 needs a checkpoint that writes rationales. Other weights are random,
 for speed does not depend on them. All but case 9 is in fp32; denormals are flushed on both sides.
 
 Figures are medians; in brackets stand the smallest and the largest ratio of two neighbouring turns.
@@ -193,8 +193,8 @@ def spread(ours: list[float], theirs: list[float]) -> str:
 def compare(label: str, systems: dict[str, Callable], repeats: int, batch: int) -> list[float]:
     """Print a row for every system but the first, which is ours; return all tokens/s.
 
-    A system is a function that writes and returns samples, `batch` at a time. A full step is the time
-    for one token in every slot, at this speed.
+    A system is a function that writes and returns samples, `batch` at a time. A full step is what
+    one token in every slot takes at this speed.
     """
     seconds, results = take_turns(systems, repeats)
     per_token = {}
@@ -230,6 +230,14 @@ def ceilings(dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
     seconds, _ = take_turns({"product": multiply, "read": read}, 10)
     product, reading = [statistics.median(spent) for spent in seconds.values()]
     return f"{2 * width**3 / product / 1e9:,.0f} GFLOP/s, {memory.nbytes / reading / 1e9:,.1f} GB/s"
+
+
+def describe_machine(args: argparse.Namespace) -> str:
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, "
+        f"{args.threads} threads, {args.repeats} turns, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
 
 
 def resident(field: str) -> int:
@@ -389,14 +397,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     problems = load_problems(args.questions) if args.questions else make_problems(1400, seed=0)
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"{args.threads} threads, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, {args.repeats} turns, fp32 ceilings {ceilings()}, CTranslate2 "
-        f"{ctranslate2.__version__ if ctranslate2 else 'not installed: left out'}\n\n"
-        "| case | tokens/s | a full step | beside | its tokens/s | ratio | equal texts |\n"
-        "|---|---|---|---|---|---|---|"
-    )
+    third = ctranslate2.__version__ if ctranslate2 else "is not installed: left out"
+    print(f"{describe_machine(args)}, CTranslate2 {third}\nCeilings in fp32: {ceilings()}\n")
+    print("| case | tokens/s | a full step | beside | its tokens/s | ratio | equal texts |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         measure(args, problems, Path(scratch))
 

@@ -18,7 +18,6 @@ medians; in brackets stand the smallest and the largest ratio of two neighbourin
 import argparse
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,10 +33,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
-from data.problems import Problem, load_problems
+from data.problems import load_problems
 from data.synthetic import make_problems
 from decode import generate
 from dpo import PairExample, PreferencePair, make_pair_examples, train_dpo
@@ -55,7 +53,7 @@ from sft import (
     start_processes,
     train_sft,
 )
-from tests.bench.decode import TINY, in_new_process, load_peer, resident, spread
+from tests.bench.decode import TINY, describe_machine, in_new_process, load_peer, resident, spread
 from tokenizer import Tokenizer, format_rationale, pad_batch
 
 BETA = 0.1
@@ -91,7 +89,7 @@ def peer_sft_loss(model, examples: list[Example]) -> Tensor:
 
 
 def concatenated_logps(model, pairs: list[PairExample]) -> tuple[Tensor, Tensor]:
-    """TRL's way: chosen and rejected in one batch of twice the rows, the question of each encoded."""
+    """TRL's way: chosen and rejected in one batch, the question encoded for each; all logits."""
     input_ids, mask = pad_batch([pair.input_ids for pair in pairs] * 2, model.device)
     rationales = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     labels, _ = pad_batch(rationales, model.device, IGNORE)
@@ -161,7 +159,7 @@ def prepare(system: str, folder: Path, items: list, schedule: Schedule, device: 
 
 
 def train_once(n_threads: int, device: str, *arguments: object) -> tuple[float, list[float], int]:
-    """In a process of its own: the seconds of an epoch, its losses, and the peak of memory so far."""
+    """In a process of its own: the seconds of an epoch, its losses, and the peak of memory."""
     torch.set_num_threads(n_threads)
     torch.set_flush_denormal(True)
     train = prepare(*arguments, device)
@@ -206,16 +204,12 @@ def compare(task: str, folder: Path, items: list, args: argparse.Namespace) -> N
 # ------------------------------------------------------------------- memory by size, two processes
 
 
-def no_log(line: dict) -> None:
-    """Print nothing."""
-
-
 def measure_memory(size: str, examples: list[Example], schedule: Schedule) -> tuple[int, int]:
     """In a new process: the number of parameters, and the bytes that SFT takes at the most."""
     torch.set_flush_denormal(True)
     before = resident("VmRSS")
     model = T5(SIZES[size])
-    train_sft(model, examples, 1, schedule, "SFT", no_log)
+    train_sft(model, examples, 1, schedule, "SFT", [].append)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     return n_parameters, resident("VmHWM") - before
 
@@ -236,7 +230,7 @@ def scale_worker(questions: list[str], examples: list[Example], args: argparse.N
     began = time.perf_counter()
     share_work(questions, write)
     sampled = time.perf_counter()
-    train_sft(model, examples, 1, make_schedule("SFT", args), "SFT", no_log)
+    train_sft(model, examples, 1, make_schedule("SFT", args), "SFT", [].append)
     trained = time.perf_counter()
     if rank_and_count()[0] == 0:
         print(f"SECONDS {sampled - began} {trained - sampled}", flush=True)
@@ -286,11 +280,7 @@ def main() -> None:
     if args.scale and "RANK" in os.environ:  # torchrun has started this process
         scale_worker([problem.question for problem in problems[:32]], examples, args)
         return
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"{args.threads} threads, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, {args.repeats} turns, {args.size} on {args.device}\n"
-    )
+    print(f"{describe_machine(args)}, {args.size} on {args.device}\n")
     if args.scale:
         measure_scale(args.repeats)
         return
