@@ -302,7 +302,7 @@ def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
     for token, forced in zip(sample.ids, sample.forced, strict=True):
         piece = tokenizer.piece(token)
         text += f"«{piece}»" if forced else piece
-    return text.replace("»«", "").strip()
+    return text.replace("»«", "").replace("« ", " «").strip()
 
 
 def main() -> None:

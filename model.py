@@ -2,8 +2,8 @@
 
 This is the T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), with the names under which
 public checkpoints store it. Left out: losses (sft.py, dpo.py), sampling and its cache (decode.py),
-text (tokenizer.py), the files of a checkpoint (data/checkpoints.py), and fp16, in which T5
-overflows.
+text (tokenizer.py), the files of a checkpoint (data/checkpoints.py), T5's own random start
+(tests/bench/make_tiny.py), and fp16, in which T5 overflows.
 
 Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K d_kv, V vocabulary.
 
@@ -221,21 +221,6 @@ class T5(nn.Module):
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = linear(config.d_model, config.vocab_size)
-        self.apply(self.initialise)
-
-    def initialise(self, module: nn.Module) -> None:
-        """Random start by fan-in, for models that are not loaded; `apply` visits children first.
-
-        q is smaller by the factor 1/sqrt(K) that attention scores lack.
-        """
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        elif module is self.shared:
-            nn.init.normal_(module.weight, std=1.0)
-        elif isinstance(module, nn.Embedding):  # a table of position biases
-            nn.init.normal_(module.weight, std=0.1)
-        elif isinstance(module, Attention):
-            module.q.weight.data.mul_(self.config.d_kv**-0.5)
 
     @property
     def device(self) -> torch.device:

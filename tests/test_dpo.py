@@ -317,7 +317,7 @@ def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
         for gradient, parameter in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-3)
     assert (
-        second_losses == pytest.approx([second_losses[0]] * 3, abs=1e-3) and second_losses[0] < 0.6
+        second_losses == pytest.approx([second_losses[0]] * 3, abs=1e-3) and second_losses[0] < 0.66
     )
 
 

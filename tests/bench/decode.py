@@ -141,20 +141,22 @@ def load_peer(folder: Path, dtype: torch.dtype = torch.float32, device: str = "c
 def load_ctranslate2(folder: Path, tokenizer: Tokenizer, n_threads: int) -> Callable:
     """The checkpoint in CTranslate2's hands: a function that writes n_tokens for each question."""
     converted = f"{folder}-converted"
-    peer_tokenizer = transformers.T5Tokenizer(str(folder / "spiece.model"), legacy=True)
-    peer_tokenizer.save_pretrained(folder)
+    pieces = transformers.T5Tokenizer(str(folder / "spiece.model"), legacy=True)
+    pieces.save_pretrained(folder)
     ctranslate2.converters.TransformersConverter(str(folder)).convert(converted)
     translator = ctranslate2.Translator(
         converted, inter_threads=1, intra_threads=n_threads, compute_type="float32"
     )
-    pieces = tokenizer.pieces
 
     def write(questions: list[str], n_tokens: int) -> list[Sample]:
         ids = [tokenizer.encode(question, MAX_QUESTION) for question in questions]
-        source = [pieces.id_to_piece(row) for row in ids]
+        source = [pieces.convert_ids_to_tokens(row) for row in ids]
         lengths = {"min_decoding_length": n_tokens, "max_decoding_length": n_tokens}
-        results = translator.translate_batch(source, beam_size=1, **lengths)
-        return [Sample(pieces.decode(r.hypotheses[0]), r.hypotheses[0]) for r in results]
+        samples = []
+        for result in translator.translate_batch(source, beam_size=1, **lengths):
+            row = pieces.convert_tokens_to_ids(result.hypotheses[0])
+            samples.append(Sample(tokenizer.decode(row), row))
+        return samples
 
     return write
 
@@ -366,8 +368,8 @@ def draw(bench: Bench, questions: list[str], n_tokens: int, path: Path) -> None:
         speeds = []
         for tick in ticks:
             batch, length = (tick, n_tokens) if axis == "batch size" else (32, tick)
-            systems = bench.both(questions[:batch], batch, max_new_tokens=length)
-            systems |= bench.both(questions[:batch], batch, max_new_tokens=length, calculator=False)
+            both = partial(bench.both, questions[:batch], batch, max_new_tokens=length)
+            systems = both(calculator=False) | both()  # ours: the latter, with the calculator
             speeds.append(compare(f"batch {batch}, {length} tokens each", systems, 1, batch))
         panel.plot(ticks, speeds, "o-", label=list(systems))
         panel.set(xscale="log", yscale="log", xlabel=axis, xticks=ticks, xticklabels=ticks)

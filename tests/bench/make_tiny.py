@@ -19,10 +19,11 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from torch import nn
 
 from data.problems import Problem
 from data.synthetic import TEST_SEED, make_problems
-from model import SIZES, T5, relative_position_bucket, save_flan_t5
+from model import SIZES, T5, Attention, relative_position_bucket, save_flan_t5
 from sft import Example, Schedule, train_sft
 from tokenizer import Tokenizer, format_rationale
 
@@ -118,6 +119,19 @@ def make_examples(tokenizer: Tokenizer) -> list[Example]:
     return [make_example(tokenizer, one_step, many_steps, rng) for _ in range(n)]
 
 
+def start_at_random(model: T5) -> None:
+    """Random weights by fan-in, as T5's were. q is smaller by the 1/sqrt(d_kv) that scores lack."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    nn.init.normal_(model.shared.weight, std=1.0)
+    for stack in (model.encoder, model.decoder):
+        nn.init.normal_(stack.relative_bias.weight, std=0.1)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.q.weight.data.mul_(model.config.d_kv**-0.5)
+
+
 @torch.no_grad()
 def look_at_neighbours(model: T5) -> None:
     """Start three heads of each stack at the token before, the same and the next one.
@@ -140,6 +154,7 @@ def make_model(tokenizer: Tokenizer) -> T5:
     config = replace(SIZES["tiny"], vocab_size=tokenizer.vocab_size, dropout=0.0)
     torch.manual_seed(SEED)
     model = T5(config)
+    start_at_random(model)
     look_at_neighbours(model)
     return model
 

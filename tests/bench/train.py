@@ -259,7 +259,7 @@ def measure_scale(repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="48 examples and pairs, not 256 and 96"
+        "--quick", action="store_true", help="24 examples and pairs, not 256 and 96"
     )
     parser.add_argument("--vocabulary", type=Path, default=TINY, help="folder with spiece.model")
     parser.add_argument("--problems", type=Path, help="JSONL of problems with rationales")
@@ -276,7 +276,7 @@ def main() -> None:
     problems = load_problems(args.problems) if args.problems else make_problems(1400, seed=0)
     problems = [replace(p, rationale=format_rationale(p.rationale)) for p in problems[:1400]]
     tokenizer = Tokenizer(args.vocabulary)
-    examples = make_examples(problems[: 48 if args.quick else 256], tokenizer)
+    examples = make_examples(problems[: 24 if args.quick else 256], tokenizer)
     if args.scale and "RANK" in os.environ:  # torchrun has started this process
         scale_worker([problem.question for problem in problems[:32]], examples, args)
         return
@@ -295,7 +295,7 @@ def main() -> None:
         return
     pairs = []
     # Three pairs a question, as in a run; the rejected rationale is that of another question.
-    for i, problem in enumerate(problems[: 16 if args.quick else 32]):
+    for i, problem in enumerate(problems[: 8 if args.quick else 32]):
         for number in range(3):
             other = problems[(3 * i + number + 500) % len(problems)]
             pairs.append(PreferencePair(problem.question, problem.rationale, other.rationale))
