@@ -76,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Every number of a run is a flag; in square brackets where its default comes from."""
     tiny = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items())
     parser = argparse.ArgumentParser(
+        usage="python run.py [--size SIZE] [flags]",
         description=__doc__.splitlines()[0],
         epilog=f"--size tiny has other defaults: {tiny}.",
         allow_abbrev=False,
@@ -87,11 +88,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     def number(flag: str, kind: Callable, default: float, text: str) -> None:
         """A flag of the group above it."""
-        group.add_argument(flag, type=kind, default=default, help=f"{text} (%(default)s)")
+        text += " (%(default)s)"
+        group.add_argument(flag, type=kind, default=default, metavar="N", help=text)
 
     group = parser.add_argument_group("the run")
     group.add_argument("--size", choices=SIZES, default="tiny", help="of the model (tiny)")
-    group.add_argument("--method", choices=("dpo-st", "st", "both"), default="dpo-st")
+    methods = ("dpo-st", "st", "both")
+    group.add_argument("--method", choices=methods, default="dpo-st", help="Algorithm 2, 1, both")
     number("--rounds", whole, 3, "of self-training [appendix A]")
     number("--seed", whole, 42, "of data, dropout and samples [authors' code]")
     number("--limit", whole, 0, "use the first N problems of every set; 0: all")
@@ -100,12 +103,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--weights", default="", help="your own checkpoint; --size sets the defaults"
     )
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    group.add_argument("--device", choices=devices, default=devices[0])
+    group.add_argument("--device", choices=devices, default=devices[0], help="to compute on")
 
     group = parser.add_argument_group("your own problems (JSONL)")
     group.add_argument("--labeled", default="", metavar="FILE", help="with rationales")
-    group.add_argument("--unlabeled", default="", metavar="FILE", help="with answers (--labeled's)")
-    group.add_argument("--test", action="append", default=[], type=named_file, metavar="NAME=FILE")
+    group.add_argument("--unlabeled", default="", metavar="FILE", help="with answers only")
+    tests = "to be tested on; may be repeated"
+    group.add_argument(
+        "--test", action="append", default=[], type=named_file, metavar="NAME=FILE", help=tests
+    )
     group.add_argument("--allow-leakage", action="store_true", help="test on what is trained on")
 
     group = parser.add_argument_group("sampling, pairs and pseudo-labels")
@@ -118,7 +124,9 @@ def make_parser() -> argparse.ArgumentParser:
     number("--max-similarity", share, MAX_SIMILARITY, "more alike are duplicates [section 4.2]")
     number("--n-pairs", count, N_PAIRS, "per question, the least similar [authors' code]")
     number("--percentile", between(0, 100), PERCENTILE, "caps labels per question [authors' code]")
-    group.add_argument("--no-calculator", dest="calculator", action="store_false")
+    group.add_argument(
+        "--no-calculator", dest="calculator", action="store_false", help="sample without"
+    )
 
     group = parser.add_argument_group("SFT")
     number("--sft-epochs", count, 8, "passes over the examples [table 5]")

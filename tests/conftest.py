@@ -1,17 +1,19 @@
 """Shared by all tests: the repository on the path, one quiet thread pool, and the places of real data where they exist."""
 
+import os
 import signal
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine two threads are slower than one
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SHARED = (
-    ROOT.parent / "shared"
-)  # real GSM8K text, the real vocabulary, a small checkpoint: only where provided
+# Real GSM8K text, the real vocabulary, a small checkpoint: only where provided.
+SHARED = ROOT.parent / "shared"
 
 torch.set_flush_denormal(True)
 
