@@ -277,7 +277,7 @@ def test_the_model_of_a_finished_run_can_be_asked(finished):
         (["--weights", "no/such/folder"], "no/such/folder"),
         (["--labeled", "no/such/file", "--test", "mine=no/such/file"], "no/such/file"),
         (["--labeled", "no/such/file"], "--test"),
-        (["--labeled", "no/such/file", "--test", "no/such/file"], "--test NAME=FILE"),
+        (["--labeled", "no/such/file", "--test", "no/such/file"], "NAME=FILE"),
         (["--labeled", "no/such/file", "--test", "a=b", "--test", "a=c"], "each name once"),
         (["--unlabeled", "no/such/file"], "--labeled"),
         (["extra"], "extra"),

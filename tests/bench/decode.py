@@ -46,7 +46,7 @@ import decode
 from calculator import calculate
 from data.problems import Problem, load_problems
 from data.synthetic import make_problems
-from decode import TOP_K, RowState, Sample, generate
+from decode import TOP_K, KVCache, RowState, Sample, generate
 from model import SIZES, START_ID, T5, load_flan_t5, save_flan_t5
 from tokenizer import EOS_ID, MAX_QUESTION, MAX_RATIONALE, Tokenizer, format_rationale, pad_batch
 
@@ -343,7 +343,7 @@ def calculator_cost(tokenizer: Tokenizer, scripts: list[list[int]], repeats: int
 
 
 def measure_memory(folder: Path, questions: list[str], n_tokens: int) -> str:
-    """How much `generate` adds to this process's memory at the most, beside KVCache's formula."""
+    """In a new process: what KVCache holds, its docstring's formula, and what `generate` takes."""
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(folder), Tokenizer(folder)
     n = len(questions)
@@ -355,7 +355,12 @@ def measure_memory(folder: Path, questions: list[str], n_tokens: int) -> str:
     c = model.config
     source_length = max(len(tokenizer.encode(question, MAX_QUESTION)) for question in questions)
     formula = 4 * 2 * c.n_layers * n * c.n_heads * c.d_kv * (n_tokens + source_length)
-    return f"{grown / 2**20:.0f} MiB at the most; the cache's formula {formula / 2**20:.0f} MiB"
+    cache = KVCache(model, n, n_tokens, source_length)
+    held = sum(part.nbytes for part in vars(cache).values() if isinstance(part, Tensor))
+    return (
+        f"the cache holds {held / 2**20:.1f} MiB, by its formula {formula / 2**20:.1f}; `generate` "
+        f"takes {grown / 2**20:.0f} at the most, with the encoder's work"
+    )
 
 
 def draw(bench: Bench, questions: list[str], n_tokens: int, path: Path) -> None:
@@ -373,6 +378,9 @@ def draw(bench: Bench, questions: list[str], n_tokens: int, path: Path) -> None:
             speeds.append(compare(f"batch {batch}, {length} tokens each", systems, 1, batch))
         panel.plot(ticks, speeds, "o-", label=list(systems))
         panel.set(xscale="log", yscale="log", xlabel=axis, xticks=ticks, xticklabels=ticks)
+        panel.xaxis.set_minor_formatter("")
+        panel.yaxis.set_major_formatter("{x:,.0f}")
+        panel.yaxis.set_minor_formatter("{x:,.0f}")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("tokens per second")
     panels[0].legend(frameon=False)

@@ -173,10 +173,10 @@ def train_once(n_threads: int, device: str, *arguments: object) -> tuple[float, 
 
 def compare(task: str, folder: Path, items: list, args: argparse.Namespace) -> None:
     """Let the systems of a task take turns on the same items; print a row for each peer."""
-    schedule = make_schedule(task, args)
-    systems = {"ours": schedule, PEERS[task]: schedule}
+    numbers = make_schedule(task, args)
+    systems = {"ours": numbers, PEERS[task]: numbers}
     if args.bf16 and args.device == "cpu":
-        systems["ours in fp32"] = replace(schedule, bf16=False)
+        systems["ours in fp32"] = replace(numbers, bf16=False)
     processes = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in systems}
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     losses: dict[str, list[float]] = {}
@@ -204,12 +204,13 @@ def compare(task: str, folder: Path, items: list, args: argparse.Namespace) -> N
 # ------------------------------------------------------------------- memory by size, two processes
 
 
-def measure_memory(size: str, examples: list[Example], schedule: Schedule) -> tuple[int, int]:
+def measure_memory(size: str, examples: list[Example], args: argparse.Namespace) -> tuple[int, int]:
     """In a new process: the number of parameters, and the bytes that SFT takes at the most."""
+    torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     before = resident("VmRSS")
     model = T5(SIZES[size])
-    train_sft(model, examples, 1, schedule, "SFT", [].append)
+    train_sft(model, examples, 1, make_schedule("SFT", args), "SFT", [].append)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     return n_parameters, resident("VmHWM") - before
 
@@ -247,9 +248,8 @@ def measure_scale(repeats: int) -> None:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(n), "-m", "tests.bench.train", *sys.argv[1:]]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-            run.check_returncode()
-            words = run.stdout.split("SECONDS")[1].split()
+            output = subprocess.check_output(command, env=environment, text=True)
+            words = output.split("SECONDS")[1].split()
             sampling[n].append(float(words[0]))
             training[n].append(float(words[1]))
     print(f"Two processes, times as fast as one: sampling {spread(sampling[2], sampling[1])}")
@@ -287,8 +287,7 @@ def main() -> None:
     if args.memory:
         print("| size | 16 bytes per parameter | peak |\n|---|---|---|")
         for size in args.memory:
-            arguments = (size, examples[:24], make_schedule("SFT", args))
-            n_parameters, peak = in_new_process(measure_memory, *arguments)
+            n_parameters, peak = in_new_process(measure_memory, size, examples[:24], args)
             print(
                 f"| {size} | {16 * n_parameters / 1e9:.1f} GB | {peak / 1e9:.1f} GB |", flush=True
             )
