@@ -321,7 +321,7 @@ def main() -> None:
     for question in args.question:
         question = question.encode("utf-8", "replace").decode()  # bytes that are no text: ?
         [[sample]] = generate(model, tokenizer, [question])
-        print(f"{question}\n  {mark_forced(tokenizer, sample)}")
+        print(f"{question}\n  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}")
     if args.question:
         return
     for n in (1, 32):

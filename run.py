@@ -9,6 +9,7 @@ The same command again continues a run that was stopped.
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
@@ -56,7 +57,10 @@ def between(least: float, most: float, kind: type = float) -> Callable[[str], fl
     """For argparse: a number from `least` to `most`."""
 
     def read(text: str) -> float:
-        number = kind(text)
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
         if not least <= number <= most:
             raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
         return number
@@ -198,8 +202,13 @@ def load_data(
     if not config.allow_leakage:
         check_leakage(labeled, unlabeled, tests)
     first = config.limit or None
-    labeled = [problem for problem in labeled if problem.rationale][:first]
-    labeled = [replace(p, rationale=format_rationale(p.rationale)) for p in labeled]
+    for problem in labeled:
+        if problem.rationale is None:
+            raise ValueError(
+                f"{config.labeled}: '{problem.question:.40}...' has no rationale: "
+                "move what has none to --unlabeled"
+            )
+    labeled = [replace(p, rationale=format_rationale(p.rationale)) for p in labeled[:first]]
     tests = {name: problems[:first] for name, problems in tests.items()}
     return labeled, unlabeled[:first], tests
 
@@ -209,17 +218,17 @@ def load_data(
 
 def make_table(folder: Path, config: argparse.Namespace) -> str:
     """Gather the evaluations in results.json and results.md; return the table, as table 2."""
-    labels = {"warm-up": ["SFT", 0]}
+    stages = [("SFT", 0, "warm-up")]
     for method in ("st", "dpo-st"):
-        for number in range(1, config.rounds + 1):
-            labels[f"{method}/round-{number}"] = [method.upper(), number]
+        number = 1
+        while (folder / method / f"round-{number}" / "evaluation.jsonl").exists():
+            stages.append((method.upper(), number, f"{method}/round-{number}"))
+            number += 1
     results = {}
     rows = []
-    for stage, label in labels.items():
-        path = folder / stage / "evaluation.jsonl"
-        if path.exists():
-            results[stage] = accuracies(read_jsonl(path))
-            rows.append(label + [f"{accuracy:.1f}" for accuracy in results[stage].values()])
+    for method, number, stage in stages:
+        results[stage] = accuracies(read_jsonl(folder / stage / "evaluation.jsonl"))
+        rows.append([method, number, *(f"{share:.1f}" for share in results[stage].values())])
     if is_the_papers(config):
         for method, numbers in TABLE_2.get(config.size, {}).items():
             rows.append([f"{method}, paper", "", *numbers, ""])

@@ -246,7 +246,7 @@ class Stages:
         path = self.folder / name
         if not pairs:
             reason = "no question has both a correct and an incorrect rationale"
-            self.log({"stage": name, "skipped": reason})
+            self.log({"stage": name, "skipped_because": reason})
             return policy
         if not finished(path):
             model = load_flan_t5(policy, device=c.device)

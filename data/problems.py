@@ -72,7 +72,7 @@ def read_lines(path: str | Path) -> list[tuple[int, dict]]:
     """The objects of a JSONL file, each with the number of its line; empty lines do not count."""
     path = Path(path)
     if not path.exists() or path.is_dir():
-        raise FileNotFoundError(f"there is no file {path}: check the path")
+        raise FileNotFoundError(f"{path} is no file: check the path")
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
@@ -191,6 +191,6 @@ def describe(
         unknown += tokenizer.sentencepiece.unk_id() in ids
     return (
         f"Of {len(questions)} questions {cut} are cut at {max_question} tokens; of {len(labeled)} "
-        f"labeled problems {long} have rationales longer than {max_rationale}, "
+        f"labeled problems {long} have rationales longer than {max_rationale} tokens, "
         f"{unknown} have signs that the vocabulary lacks"
     )

@@ -283,6 +283,7 @@ def test_the_model_of_a_finished_run_can_be_asked(finished):
         (["extra"], "extra"),
         (["--sead", "3"], "--sead"),
         (["--temperature", "0"], "--temperature"),
+        (["--beta", "abc"], "--beta"),
     ],
 )
 def test_mistakes_get_one_sentence_and_exit_code_2(arguments, words, tmp_path):
@@ -374,6 +375,16 @@ def test_your_own_problems_with_answers_in_words(tmp_path):
     assert len(read_jsonl(tmp_path / "run/dpo-st/round-1/samples-for-pairs.jsonl")) == 4
 
 
+def test_labeled_problems_without_a_rationale_are_refused(tmp_path):
+    """Dropped without a word they would be missing from the training, and nobody would know."""
+    labeled = [Problem("How many are 2 + 4?", 6.0, "#### 6"), Problem("How many are 2 + 7?", 9.0)]
+    files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled)]
+    files += ["--test", f"t={write_problems(tmp_path / 't.jsonl', [Problem('How many?', 3.0)])}"]
+    code, words = main_in_this_process(*files, "--out", tmp_path / "run")
+    assert code == 2 and "How many are 2 + 7?" in words and "--unlabeled" in words
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_model_cannot_learn_to_write_is_counted_before_it_is_trained(tmp_path):
     """A rationale longer than what is ever written has no end, an answer with a sign that the vocabulary lacks cannot be spelled: the
     accuracy of 0 that follows would be a riddle."""
@@ -389,7 +400,7 @@ def test_what_a_model_cannot_learn_to_write_is_counted_before_it_is_trained(tmp_
     files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled)]
     files += ["--test", f"who={write_problems(tmp_path / 't.jsonl', [Problem('Who?', 'Ana')])}"]
     result = command(*files, *OWN, "--rounds", 0, "--out", tmp_path / "run")
-    assert "1 have rationales longer than 30, 1 have signs" in result.stdout, result.stderr
+    assert "1 have rationales longer than 30 tokens, 1 have signs" in result.stdout, result.stderr
 
 
 def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path):
