@@ -109,10 +109,12 @@ def make_pairs(
     gold = [problem.rationale] if problem.rationale else []
     winning = deduplicate(gold + correct, tokenizer, max_similarity)
     losing = deduplicate(incorrect, tokenizer, max_similarity)
+    # Each text is cut into pieces once, though it stands in many pairs.
+    pieces = {rationale: tokenizer.piece_set(rationale) for rationale in winning + losing}
     ranked = []
     for chosen in winning:
         for rejected in losing:
-            similarity = jaccard(tokenizer.piece_set(chosen), tokenizer.piece_set(rejected))
+            similarity = jaccard(pieces[chosen], pieces[rejected])
             ranked.append((similarity, PreferencePair(problem.question, chosen, rejected)))
     ranked.sort(key=lambda item: item[0])
     return [pair for _, pair in ranked[:n_pairs]]

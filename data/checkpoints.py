@@ -53,11 +53,16 @@ def read_number(path: Path, fields: dict, name: str, default: float | None) -> f
     return value
 
 
+def readable_formats() -> list[str]:
+    """The names of weight files that can be read here, best first."""
+    if importlib.util.find_spec("safetensors") is None:
+        return [BIN]
+    return [SAFETENSORS, BIN]
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Find a checkpoint's weights, one file or its shards. Raises FileNotFoundError, ValueError."""
-    names = [SAFETENSORS, BIN]
-    if importlib.util.find_spec("safetensors") is None:
-        names = [BIN]
+    names = readable_formats()
     for name in names:
         if (folder / name).exists():
             return [folder / name]

@@ -7,7 +7,6 @@ checksum proved right, so what the cache holds is whole. Half a file is not resu
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from xml.etree import ElementTree
 
 import torch.hub
 
-from data.checkpoints import BIN, SAFETENSORS, shards
+from data.checkpoints import BIN, readable_formats, shards, weight_files
 from data.folder import write_beside
 from data.problems import write_jsonl
 
@@ -89,7 +88,6 @@ def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
             missing = isinstance(error.__cause__, HTTPError) and error.__cause__.code == 404
             if not missing or name == BIN:  # the hub has no .safetensors of xxl
                 raise
-    return folder
 
 
 def fetch_weights(url: str, folder: Path, name: str, size: str) -> None:
@@ -110,27 +108,15 @@ def fetch_weights(url: str, folder: Path, name: str, size: str) -> None:
             download(address, path, known or stated_sha256(address, path))
 
 
-def readable_formats() -> list[str]:
-    """The names of weight files that can be read here, best first."""
-    if importlib.util.find_spec("safetensors") is None:
-        return [BIN]
-    return [SAFETENSORS, BIN]
-
-
 def is_whole(folder: Path) -> bool:
     """Whether a folder has all that a checkpoint needs."""
-    if not (folder / "config.json").is_file() or not (folder / "spiece.model").is_file():
+    try:
+        weights = weight_files(folder)
+    except (FileNotFoundError, ValueError):  # none, or an index of somebody else's that is broken
         return False
-    for name in readable_formats():
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return True
-        if index.is_file():
-            try:
-                return all(path.is_file() for path in shards(index))
-            except ValueError:  # somebody else's broken file
-                return False
-    return False
+    return all(
+        path.is_file() for path in [folder / "config.json", folder / "spiece.model", *weights]
+    )
 
 
 # ------------------------------------------------------------------------------------------- places
