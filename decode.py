@@ -4,11 +4,13 @@ A batch has a fixed number of slots. Each slot writes one rationale; when that i
 one takes the slot at once. Whenever a rationale has come to `[ expression =`, the calculator's
 digits and `]` are forced into it. Left out: beam search, and the arithmetic itself (calculator.py).
 
-    python decode.py [--checkpoint DIR] ["question" ...]    # without: one slot against 32
+    python decode.py                                        # watch an answer; one slot against 32
+    python decode.py [--checkpoint DIR] "question" ...
 """
 
 import argparse
 import random
+import signal
 import sys
 import time
 from collections import deque
@@ -308,11 +310,15 @@ def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
 def main() -> None:
     tiny = Path(__file__).resolve().parent / "data" / "tiny"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("question", nargs="*", help="without any: one slot against 32")
+    parser.add_argument("question", nargs="*", help="without any: a demonstration")
     parser.add_argument("--checkpoint", default=tiny, help="a folder (data/tiny)")
     args = parser.parse_args()
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks ends nothing
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
+    if (Path(args.checkpoint) / "log.jsonl").exists():
+        sys.exit(f"decode.py: {args.checkpoint} is a run: give a model in it, such as warm-up/sft")
     torch.set_flush_denormal(True)
     try:
         model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
@@ -324,10 +330,16 @@ def main() -> None:
         print(f"{question}\n  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}")
     if args.question:
         return
+    question = "Tom has 6 boxes with 24 pens in each. How many pens does he have?"
+    [[sample]] = generate(model, tokenizer, [question])
+    print(question)
+    for word in mark_forced(tokenizer, sample).split(" "):
+        print(word, end=" ", flush=True)
+        time.sleep(0.15)  # so that one can watch it
+    print()
     for n in (1, 32):
         began = time.perf_counter()
-        questions = ["Tom has 6 boxes with 24 pens in each. How many?"] * n
-        samples = generate(model, tokenizer, questions)
+        samples = generate(model, tokenizer, [question] * n)
         n_tokens = sum(len(sample.ids) for [sample] in samples)
         print(f"{n:2} at a time: {n_tokens / (time.perf_counter() - began):,.0f} tokens/s")
 

@@ -288,6 +288,8 @@ REQUIRED_FIELDS = {  # what makes it a Flan-T5; a file that does not state these
 STANDARD_FIELDS = {  # what every T5 has, whether its file states it or not
     "relative_attention_num_buckets": N_BUCKETS,
     "relative_attention_max_distance": MAX_DISTANCE,
+    "dense_act_fn": "gelu_new",
+    "is_gated_act": True,
     "decoder_start_token_id": START_ID,
     "pad_token_id": 0,
     "eos_token_id": 1,

@@ -10,6 +10,7 @@ The same command again continues a run that was stopped.
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -21,7 +22,14 @@ from pathlib import Path
 import torch
 
 from data.folder import MAY_CHANGE, open_folder, write_text
-from data.problems import Problem, check_leakage, describe, load_problems, read_jsonl
+from data.problems import (
+    Problem,
+    check_answer,
+    check_leakage,
+    describe,
+    load_problems,
+    read_jsonl,
+)
 from data.sources import fetch_datasets, fetch_flan_t5
 from data.synthetic import make_datasets
 from decode import MAX_NEW_TOKENS, TOP_K
@@ -256,12 +264,15 @@ def main() -> None:
     began = time.perf_counter()
     if sys.version_info < (3, 11):
         sys.exit("run.py: this needs Python 3.11 or later")
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks ends nothing
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a stream that is closed swallows its lines
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks ends nothing
     config = parse_args()
     folder = Path(config.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun and schedulers stop us so
     torch.set_flush_denormal(True)  # barely trained models have denormal numbers, which are slow
+    if config.size == "tiny":
+        torch.set_num_threads(1)  # two are slower at this size, and round otherwise
     start_processes(config.device)
     rank, n_processes = rank_and_count()
     labeled, unlabeled, tests = load_data(config)
@@ -278,6 +289,8 @@ def main() -> None:
             f"{base}: spiece.model has {tokenizer.vocab_size} ids, the model {vocab_size}: "
             "they do not belong together"
         )
+    for problem in chain(labeled, unlabeled, *tests.values()):
+        check_answer(problem, tokenizer)
     problems = (labeled, unlabeled, tests)
     from_process_0(lambda: open_folder(folder, vars(config), problems, base))
 
@@ -319,6 +332,8 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command continues"
+    if isinstance(error, BrokenPipeError):
+        return "stopped, for nobody reads its output any more; the same command continues"
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return message
     if isinstance(error, RuntimeError) and rank_and_count()[1] > 1:

@@ -171,9 +171,13 @@ def self_train(
     labeled is L, with formatted rationales. unlabeled is U: its questions and answers are used, not
     its rationales. config: the flags of run.py. stages: does the work.
     """
-    # U's own rationales are not used. Where L holds the same question, L's rationale is gold.
-    gold = {(problem.question, problem.answer): problem.rationale for problem in labeled}
-    unlabeled = [replace(p, rationale=gold.get((p.question, p.answer))) for p in unlabeled]
+    # U's own rationales are not used. Where L holds the same problem, L's rationale is gold.
+    same_question: dict[str, list[Problem]] = {}
+    for problem in labeled:
+        same_question.setdefault(problem.question, []).append(problem)
+    unlabeled = [
+        with_gold(problem, same_question.get(problem.question, [])) for problem in unlabeled
+    ]
     known = set(labeled)
     drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # by f', of all rounds
     drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]  # by f' (ST) or f_d (DPO-ST)
@@ -199,6 +203,14 @@ def self_train(
         model = stages.sft(f"{here}/sft", [*labeled, *added])
         stages.evaluate(f"{here}/evaluation.jsonl", model, tests)
     return model
+
+
+def with_gold(problem: Problem, labeled: Sequence[Problem]) -> Problem:
+    """The one of these problems of L that has the answer, too; else U's own, without rationale."""
+    for other in labeled:
+        if same_answer(other.answer, problem.answer):
+            return other
+    return replace(problem, rationale=None)
 
 
 def add_samples(drawn: list[list[str]], new: list[list[str]]) -> list[list[str]]:

@@ -88,12 +88,28 @@ def shards(index: Path) -> list[Path]:
     return paths
 
 
+def refuse_additions(folder: Path) -> None:
+    """Raise ValueError for files that change what the weights mean: an adapter, new tokens."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter: merge it into the weights first")
+    tokens = []
+    if (folder / "added_tokens.json").exists():
+        tokens += read_fields(folder / "added_tokens.json")
+    if (folder / "tokenizer_config.json").exists():
+        added = read_fields(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        tokens += [token["content"] for token in added.values()]
+    for token in tokens:
+        if token not in ("<pad>", "</s>", "<unk>") and not token.startswith("<extra_id_"):
+            raise ValueError(f"{folder} adds the token {token!r} to T5's vocabulary: not read here")
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read all tensors of a checkpoint by their public names, without running any code in it.
 
-    They come on the CPU. Raises ValueError for a damaged file or a name that two shards hold,
-    FileNotFoundError where there are no weights.
+    They come on the CPU. Raises ValueError for a damaged file, a name that two shards hold, an
+    adapter or added tokens, FileNotFoundError where there are no weights.
     """
+    refuse_additions(folder)
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:

@@ -174,6 +174,17 @@ def spelled(problem: Problem) -> str:
     return " ".join(problem.question.split()).casefold()
 
 
+def check_answer(problem: Problem, tokenizer) -> None:
+    """Raise ValueError if the answer has signs that the vocabulary lacks, so none can write it."""
+    if isinstance(problem.answer, str):
+        written = tokenizer.decode(tokenizer.encode(problem.answer))
+        if not same_answer(written, problem.answer):
+            raise ValueError(
+                f"'{problem.question:.40}...': the vocabulary lacks signs of the answer "
+                f"{problem.answer!r}, so it could never be written: spell it in other signs"
+            )
+
+
 def describe(
     labeled: list[Problem],
     questions: Collection[str],

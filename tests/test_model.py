@@ -680,6 +680,13 @@ BIN, SAFE, INDEX, CONF = (
     "config.json",
 )
 HUGE = {"d_model": 2**40, "num_heads": 2**40, "vocab_size": 10**15, "d_ff": 2**62, "d_kv": 2**80}
+
+
+def put(name: str, fields: dict):
+    """A file beside the weights that changes what they mean."""
+    return lambda folder: (folder / name).write_text(json.dumps(fields))
+
+
 FAILURES = {
     # name: (how to spoil the folder, what the sentence must name)
     "missing tensor": (spoil_tensors(lambda t: t.pop(WO)), WO),
@@ -746,6 +753,12 @@ FAILURES = {
     **{f"negative: {name}": (spoil_config(**{name: -1}), name) for name in ("d_model", "num_heads", "vocab_size", "dropout_rate", "d_ff")},
     **{f"zero: {name}": (spoil_config(**{name: 0}), name) for name in ("d_model", "d_ff", "d_kv", "num_heads", "relative_attention_max_distance")},
     **{f"huge: {name}": (spoil_config(**{name: value}), name) for name, value in HUGE.items()},
+    "another activation": (spoil_config(dense_act_fn="relu"), "dense_act_fn"),
+    "an adapter beside the weights": (put("adapter_config.json", {}), "adapter"),
+    "a new token": (put("added_tokens.json", {"<extra_id_0>": 63, "{": 64}), "'{'"),
+    "a new token, as of release 4.34": (
+        put("tokenizer_config.json", {"added_tokens_decoder": {"64": {"content": "{"}}}), "'{'"
+    ),
     "another start": (spoil_config(decoder_start_token_id=1), "decoder_start_token_id"),
     "other padding": (spoil_config(pad_token_id=5), "pad_token_id"),
     "no depth": (spoil_config(num_layers=0, num_decoder_layers=0), ""),

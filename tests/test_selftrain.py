@@ -641,6 +641,14 @@ def test_a_question_with_another_answer_in_u_is_not_joined_with_l():
         assert problems[0] == other
 
 
+def test_l_and_u_are_joined_by_the_same_answer_however_it_is_spelled():
+    """There is one notion of the same answer: 0.33333 in U is L's 0.3333, so L's rationale is gold, and no label stands twice."""
+    ours = Problem("a third?", 0.3333, "It is 0.3333. #### 0.3333")
+    notebook = notes_of("dpo-st", labeled=[*L, ours], unlabeled=[Problem("a third?", 0.33333), *U])
+    for problems in notebook.of("sample"):
+        assert problems[0] == ours
+
+
 def test_stages_have_names_of_their_own_and_the_methods_share_the_warm_up():
     """A result is kept under its stage's name: two stages of one name would be done once, and the second be wrong."""
     st, dpo_st = notes_of("st").names, notes_of("dpo-st").names
