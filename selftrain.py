@@ -4,12 +4,13 @@ First the rules (sections 3.1 and 4.2), which know no model; then the algorithms
 that the algorithms are made of, and how their results come to stand on disk. Left out: tensors
 (model.py, decode.py, sft.py, dpo.py).
 
-    python selftrain.py        # one question's samples -> preference pairs -> pseudo-labels
+    python selftrain.py        # one question: the tiny model's samples -> pairs -> pseudo-labels
 """
 
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,11 +21,12 @@ import torch
 
 from data.folder import remove_leftovers, write_beside
 from data.problems import Problem, read_jsonl, same_answer, write_jsonl
-from decode import generate
+from data.synthetic import make_problems
+from decode import generate, mark_forced
 from dpo import PreferencePair, make_pair_examples, train_dpo
 from model import T5, load_flan_t5, save_flan_t5
 from sft import Schedule, from_process_0, make_examples, rank_and_count, share_work, train_sft
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, format_rationale
 
 MAX_SIMILARITY = 0.7  # section 4.2: rationales that are more alike are duplicates
 N_PAIRS = 3  # authors' code: preference pairs kept per question
@@ -326,15 +328,15 @@ class Stages:
             finish(path, partial(write_jsonl, map(asdict, items)))
 
     def evaluate(self, name: str, model: Path, tests: dict[str, Sequence[Problem]]) -> None:
-        """Greedy rationales on every test set; on the first one also without calculator."""
+        """Greedy rationales on every test set; on the one named dev also without calculator."""
         path = self.folder / name
         if not finished(path):
             writer = self.load_writer(model)
             rows = []
             for test in tests:
                 rows += self.answer(writer, test, tests[test], calculator=True)
-            first = next(iter(tests))
-            rows += self.answer(writer, first, tests[first], calculator=False)
+            if "dev" in tests:  # figure 7
+                rows += self.answer(writer, "dev", tests["dev"], calculator=False)
             self.log({"stage": name} | accuracies(rows))
             finish(path, partial(write_jsonl, rows))
 
@@ -422,22 +424,45 @@ def finish(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def main() -> None:
-    tokenizer = Tokenizer(Path(__file__).parent / "data" / "tiny")
-    problem = Problem("Tom has 3 boxes of 4 pens and loses 2. How many pens are left?", 10.0)
-    samples = [
-        "Tom has 3 * 4 = [ 3 * 4 = 12] 12 pens. He has 12 - 2 = [ 12 - 2 = 10] 10 left. #### 10",
-        "Tom has 3 * 4 = [ 3 * 4 = 12] 12 pens. Now 12 - 2 = [ 12 - 2 = 10] 10 are left. #### 10",
-        "Tom has 3 + 4 = [ 3 + 4 = 7] 7 pens. He has 7 - 2 = [ 7 - 2 = 5] 5 left. #### 5",
-    ]
-    print(problem.question)
-    for text in samples:
-        verdict = "correct:  " if is_correct(text, problem.answer) else "incorrect:"
-        print(f"  {verdict} {text}")
-    print("Preference pairs:")
-    for pair in make_pairs(problem, samples, tokenizer):
+    sys.stdout.reconfigure(errors="replace")  # « and » are not in every encoding
+    folder = Path(__file__).parent / "data" / "tiny"
+    tokenizer = Tokenizer(folder)
+    labeled = []
+    for problem in make_problems(64, seed=0, steps=(2, 3)):
+        labeled.append(replace(problem, rationale=format_rationale(problem.rationale)))
+    schedule = Schedule(
+        learning_rate=1e-3,
+        batch_size=8,
+        warmup_ratio=0.1,
+        final_ratio=0.1,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        micro_batch_tokens=2048,
+        bf16=False,
+        log_every=10,
+        seed=0,
+    )
+    examples = make_examples(labeled, tokenizer)
+    model = train_sft(load_flan_t5(folder), examples, 3, schedule, "f' = SFT(f, L)", print)
+
+    question = (
+        "Felix bakes 74 cookies on Monday and 44 on Friday. The dog eats 16 cookies. "
+        "How many cookies does Felix end up with?"
+    )
+    problem = Problem(question, answer=102.0)
+    [samples] = generate(
+        model, tokenizer, [question], n_samples=6, temperature=0.7, max_new_tokens=100, seed=1
+    )
+    print(f"\n{question}\nSix samples; what the calculator wrote stands between « and »:")
+    rationales = [sample.text for sample in samples]
+    for sample in samples:
+        verdict = "correct:  " if is_correct(sample.text, problem.answer) else "incorrect:"
+        print(f"  {verdict} {mark_forced(tokenizer, sample)}")
+    print("Preference pairs, the least similar:")
+    for pair in make_pairs(problem, rationales, tokenizer):
         print(f"  chosen:   {pair.chosen}\n  rejected: {pair.rejected}")
-    print("Pseudo-labels (of the two correct ones the second is too like the first):")
-    for label in make_pseudo_labels([problem], [samples], tokenizer):
+    print("Pseudo-labels:")
+    for label in make_pseudo_labels([problem], [rationales], tokenizer):
         print(f"  {label.rationale}")
 
 

@@ -29,7 +29,7 @@ DISTRACTORS = (
     "There are {x} children in {his} class.",
     "{He} lives at number {x}.",
 )
-TEST_SEED = 1_000_000  # whose stories data/tiny was never shown
+TEST_SEED = 1_000_000  # data/tiny was shown none of these stories
 OUT_OF_DOMAIN = ("library", "orchard")
 
 
@@ -170,7 +170,7 @@ def tell_story(rng: random.Random, family: list[Row], steps: int) -> Problem | N
 def make_problems(
     n: int,
     seed: int | str,
-    steps: tuple[int, ...] = (2, 3),
+    steps: tuple[int, ...] = (2, 3, 4),
     exclude: Collection[str] = (),
     families: tuple[str, ...] = IN_DOMAIN,
 ) -> list[Problem]:
@@ -197,11 +197,20 @@ def make_datasets(
 ) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
     """L, U and the test sets of a run: no question is in two of them."""
     train = make_problems(n_labeled + n_unlabeled, seed=f"run {seed}")
-    seen = {problem.question for problem in train}
-    tests = {"held-out": make_problems(n_test, TEST_SEED, exclude=seen)}
-    for family in OUT_OF_DOMAIN:
-        tests[family] = make_problems(max(1, n_test // 4), TEST_SEED, families=(family,))
+    tests = make_tests(n_test, exclude={problem.question for problem in train})
     return train[:n_labeled], train[n_labeled:], tests
+
+
+def make_tests(n: int, exclude: Collection[str] = ()) -> dict[str, list[Problem]]:
+    """n held-out problems, and a quarter as many of each other test set; dev is the last."""
+    fewer = max(1, n // 4)
+    held_out = make_problems(n, TEST_SEED, exclude=exclude)
+    tests = {"held-out": held_out}
+    for family in OUT_OF_DOMAIN:
+        tests[family] = make_problems(fewer, TEST_SEED, families=(family,))
+    exclude = {*exclude, *(problem.question for problem in held_out)}
+    tests["dev"] = make_problems(fewer, TEST_SEED + 1, exclude=exclude)
+    return tests
 
 
 def main() -> None:

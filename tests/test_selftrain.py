@@ -721,16 +721,15 @@ def test_a_whole_round_of_both_methods_on_ten_sums(base, tmp_path):
     shelf = Shelf(base, tmp_path)
     for method in ("st", "dpo-st"):
         self_train(
-            method, SUMS[:6], SUMS, {"seen": SUMS[:6], "new": SUMS[6:]}, CONFIG, shelf.stages
+            method, SUMS[:6], SUMS, {"seen": SUMS[:6], "dev": SUMS[6:]}, CONFIG, shelf.stages
         )
     assert hashlib.sha256((base / "pytorch_model.bin").read_bytes()).hexdigest() == before
     evaluations = [read_jsonl(path) for path in tmp_path.rglob("evaluation.jsonl")]
     assert len(evaluations) == 3
-    for made in evaluations:  # the first test again, without the calculator
-        assert [(row["test"], row["calculator"]) for row in made] == [("seen", True)] * 6 + [
-            ("new", True)
-        ] * 4 + [("seen", False)] * 6
-        assert [row["question"] for row in made] == [p.question for p in [*SUMS, *SUMS[:6]]]
+    for made in evaluations:  # dev a second time, without the calculator
+        kinds = [("seen", True)] * 6 + [("dev", True)] * 4 + [("dev", False)] * 4
+        assert [(row["test"], row["calculator"]) for row in made] == kinds
+        assert [row["question"] for row in made] == [p.question for p in [*SUMS, *SUMS[6:]]]
     folders = [path.parent for path in tmp_path.glob("*/**/config.json")]
     assert len(folders) == 4  # the shared warm-up, ST's round, and DPO-ST's two
     warm_up, after_dpo = (
@@ -803,7 +802,7 @@ def test_without_pairs_the_dpo_step_is_skipped_and_says_so(base, tmp_path):
 
 def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkeypatch):
     """Samples: temperature 0.7, top-k 50, the calculator on, and other random numbers in every stage, or round 2 would
-    draw round 1's samples again. Evaluation: greedy, one rationale each, and once without the calculator."""
+    draw round 1's samples again. Evaluation: greedy, one rationale each, and dev once more without the calculator."""
     calls = []
 
     def fake(*args, **named):
@@ -831,10 +830,10 @@ def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkey
     Shelf(base, tmp_path / "bf16", changed(bf16=True)).stages.sample("a.jsonl", base, SUMS, 4)
     assert [call.model.shared.weight.dtype for call in calls[2:]] == [torch.float32, torch.bfloat16]
     calls.clear()
-    shelf.stages.evaluate("evaluation.jsonl", base, {"one": SUMS[:3], "two": SUMS})
+    shelf.stages.evaluate("evaluation.jsonl", base, {"two": SUMS, "dev": SUMS[:3]})
     assert [(len(call.questions), call.calculator) for call in calls] == [
-        (3, True),
         (10, True),
+        (3, True),
         (3, False),
     ]
     assert all(

@@ -3,12 +3,12 @@
     python -m tests.bench.ablations [--seeds 0 1 2] [--rounds 1] [--only NAME ...]
 
 Every variant is run.py with other flags, or with one function or class exchanged below. Two run at
-a time, with one thread each, in runs/ablations. The table compares each with the run of the same
-seed in runs/tiny-seed-SEED, which has to be there: OMP_NUM_THREADS=1 python run.py --seed SEED.
+a time, in runs/ablations. The tables, one for each round, compare each with DPO-ST of the same seed
+in runs/tiny-seed-SEED, which has to be there; the variants share its warm-up.
 """
 
 import argparse
-import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,23 +18,24 @@ from pathlib import Path
 
 import run
 import selftrain
+from data.folder import open_folder
 from data.problems import Problem, read_jsonl
 from dpo import PairExample
 from model import T5
 from selftrain import Stages
 from sft import Example, Schedule, sft_loss, train
-from tests.bench.report import interval, measure, spread
+from tests.bench.report import config_of, interval, measure, spread
 
 FLAGS = {  # of run.py, by variant
     "winning rationales only": "",
-    "5 samples for labels": "--sft-samples 5",
+    "ST with 8 samples": "--method st --st-samples 8",  # as many as DPO-ST draws, 5 and 3
+    "5 samples for labels": "--sft-samples 5",  # with the next: table 3
     "10 samples for labels": "--sft-samples 10",
     "no calculator when sampling": "--no-calculator",
     "beta 0.05": "--beta 0.05",
     "beta 0.1": "--beta 0.1",
     "no deduplication": "--max-similarity 1",
     "SFT continued": "",
-    "ST with 8 samples": "--method st --st-samples 8",  # as many as DPO-ST draws, 5 and 3
 }
 
 
@@ -74,11 +75,24 @@ def run_variant(variant: str) -> None:
         selftrain.train_dpo = likelihood
     if variant == "SFT continued":
         run.Stages = Continued
+    run.open_folder = open_with_warm_up
     run.main()
+
+
+def open_with_warm_up(folder: Path, config: dict, problems: object, base: Path) -> None:
+    """Begin the folder of a variant with the warm-up of the run that it is compared with."""
+    open_folder(folder, config, problems, base)
+    usual = usual_folder(config["seed"]) / "warm-up"
+    shutil.copytree(usual, folder / "warm-up", dirs_exist_ok=True)
 
 
 def folder_of(variant: str, seed: int) -> Path:
     return Path("runs") / "ablations" / f"{variant.replace(' ', '-')}-seed-{seed}"
+
+
+def usual_folder(seed: int) -> Path:
+    """The run as it is, which the variants of this seed are compared with."""
+    return Path("runs") / f"tiny-seed-{seed}"
 
 
 def start(job: tuple[str, int, int]) -> None:
@@ -86,10 +100,10 @@ def start(job: tuple[str, int, int]) -> None:
     variant, seed, rounds = job
     command = [sys.executable, "-m", "tests.bench.ablations", "--variant", variant]
     command += ["--method", "dpo-st", "--rounds", str(rounds), "--seed", str(seed)]
+    command += ["--n-test", str(config_of(usual_folder(seed)).n_test)]
     command += FLAGS[variant].split()
     command += ["--out", str(folder_of(variant, seed))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     result = done.stderr[-300:] if done.returncode else "done"
     print(f"{variant}, seed {seed}: {result}", file=sys.stderr, flush=True)
 
@@ -116,6 +130,22 @@ def print_row(name: str, numbers: dict[str, list[float]], difference: str) -> No
     print(f"| {name} | {accuracy} | {difference} | {labels:.0f} | {correct:.1f} % |")
 
 
+def print_round(number: int, seeds: Sequence[int], variants: Sequence[str]) -> None:
+    """The table after a round."""
+    print(f"\nRound {number}, {len(seeds)} seeds:\n")
+    print("| variant | accuracy | minus the method as it is | pseudo-labels | correct samples |")
+    print("|---|---|---|---|---|")
+    usual = look_up([usual_folder(seed) for seed in seeds], f"dpo-st/round-{number}")
+    print_row("as it is", usual, "")
+    for variant in variants:
+        stage = f"{method_of(variant)}/round-{number}"
+        numbers = look_up([folder_of(variant, seed) for seed in seeds], stage)
+        differences = []
+        for ours, theirs in zip(numbers["accuracy"], usual["accuracy"], strict=True):
+            differences.append(ours - theirs)
+        print_row(variant, numbers, interval(differences))
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--variant"]:
         variant = sys.argv[2]
@@ -129,28 +159,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=list(FLAGS), choices=FLAGS)
     args = parser.parse_args()
-    stage = f"dpo-st/round-{args.rounds}"
-    folders = [Path("runs") / f"tiny-seed-{seed}" for seed in args.seeds]
-    for folder in folders:
-        if not (folder / stage / "evaluation.jsonl").exists():
-            parser.error(f"{folder / stage} is not there, to compare the variants with")
+    sys.stdout.reconfigure(errors="replace")  # ± is not in every encoding
+    for seed in args.seeds:
+        last = usual_folder(seed) / f"dpo-st/round-{args.rounds}" / "evaluation.jsonl"
+        if not last.exists():
+            parser.error(f"{last} is not there, to compare the variants with")
     jobs = []
-    for variant in args.only:
-        for seed in args.seeds:
+    for seed in args.seeds:
+        for variant in args.only:
             jobs.append((variant, seed, args.rounds))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(start, jobs))
-    print("| variant | accuracy | minus the method as it is | pseudo-labels | correct samples |")
-    print("|---|---|---|---|---|")
-    usual = look_up(folders, stage)
-    print_row("as it is", usual, "")
-    for variant in args.only:
-        stage = f"{method_of(variant)}/round-{args.rounds}"
-        numbers = look_up([folder_of(variant, seed) for seed in args.seeds], stage)
-        differences = []
-        for ours, theirs in zip(numbers["accuracy"], usual["accuracy"], strict=True):
-            differences.append(ours - theirs)
-        print_row(variant, numbers, interval(differences))
+    for number in range(1, args.rounds + 1):
+        print_round(number, args.seeds, args.only)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The paper's figures and tables from run folders alone, finished or not.
 
-    for seed in 0 1 2 3 4; do OMP_NUM_THREADS=1 python run.py --seed $seed; done
     python -m tests.bench.report runs/tiny-seed-? [--out DIR]
 
 Runs that differ in the seed only are merged: mean ± standard deviation. The accuracies of a
@@ -392,26 +391,10 @@ def draw_rounds(runs: list[dict], lines: Sequence[tuple[str, str, str]]):
                 draw_band(axes, rounds, rows, label, COLORS[method], style, marker="o")
                 last = max(last, rounds[-1])
     axes.set_xlabel("round (0: SFT)")
-    axes.set_ylabel(f"greedy accuracy, {first_test(runs)} (%)")
+    # The name of a test set is the user's: a dollar sign in it begins no formula.
+    axes.set_ylabel(f"greedy accuracy, {lines[0][0]} (%)", parse_math=False)
     axes.set_xticks(range(last + 1))
     add_legend(axes)
-    return figure
-
-
-def draw_dpo_step(runs: list[dict]):
-    """What the first DPO step does to samples on U; None where not all runs have come so far."""
-    stage = "dpo-st/round-1"
-    figure, panels = new_figure(10, 4, 3)
-    names = ("pass@1", "pass@3", "pseudo-labels of 3 samples")
-    for axes, name in zip(panels, names, strict=True):
-        for x, when, color in ((0, "before", "#999999"), (1, "after", RED)):
-            values = values_of(runs, stage, when, name)
-            if len(values) < len(runs):
-                return None
-            error = statistics.stdev(values) if len(values) > 1 else None
-            axes.bar(x, statistics.mean(values), yerr=error, capsize=6, color=color)
-        axes.set_xticks((0, 1), ("before DPO", "after DPO"))
-        axes.set_ylabel(f"{name} (%)" if "@" in name else name)
     return figure
 
 
@@ -470,41 +453,47 @@ def draw_sft_loss(logs: list[list[dict]]):
     return figure
 
 
-def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
-    """Write all pictures; the same runs give the same SVG to the byte."""
+def add_plain_style() -> bool:
+    """How all pictures look. False, with advice, where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
         advice = "For pictures: pip install matplotlib, and the same command again"
         print(f"\n{advice}", file=sys.stderr)
-        return
+        return False
     matplotlib.rcParams["font.size"] = 13
     matplotlib.rcParams["lines.linewidth"] = 2
     matplotlib.rcParams["axes.spines.top"] = False
     matplotlib.rcParams["axes.spines.right"] = False
     matplotlib.rcParams["svg.hashsalt"] = "dpo-st"  # else its ids are drawn anew each time
-    test = first_test(runs)
+    return True
+
+
+def save_figures(figures: dict, out: Path) -> None:
+    """Write pictures as PNG and SVG; the same runs give the same SVG to the byte."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.tight_layout()
+        figure.savefig(out / f"{name}.png", dpi=150)
+        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+    print(f"\nPictures in {out}: {', '.join(figures)}")
+
+
+def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
+    """Write all pictures that these runs have."""
+    if not add_plain_style():
+        return
     logs = [read_jsonl(folder / "log.jsonl") for folder in folders]
-    both = (
-        (test, ", with calculator", "-"),
-        (f"{test} without calculator", ", without calculator", "--"),
-    )
-    pictures = {
-        "accuracy-per-round": draw_rounds(runs, [(test, "", "-")]),  # the paper's figure 5
-        "dpo-step": draw_dpo_step(runs),  # figure 6
-        "calculator": draw_rounds(runs, both),  # figure 7
+    figures = {
+        "accuracy-per-round": draw_rounds(runs, [(first_test(runs), "", "-")]),  # figure 5
         "dpo-curves": draw_dpo_curves(logs),
         "sft-loss": draw_sft_loss(logs),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in pictures.items():
-        if figure is not None:
-            figure.tight_layout()
-            figure.savefig(out / f"{name}.png", dpi=150)
-            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
-            written.append(name)
-    print(f"\nPictures in {out}: {', '.join(written)}")
+    if "dev without calculator" in runs[0]["warm-up"]["accuracy"]:  # figure 7
+        with_it = ("dev", ", with calculator", "-")
+        without = ("dev without calculator", ", without calculator", "--")
+        figures["calculator"] = draw_rounds(runs, [with_it, without])
+    save_figures(figures, out)
 
 
 # ---------------------------------------------------------------------------------------- the whole
@@ -534,6 +523,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, help="of the pictures (figures/ in the first folder)")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # ± is not in every encoding
     folders = usable(args.runs)
     if not folders:
         sys.exit("report: nothing to report: give folders of runs")

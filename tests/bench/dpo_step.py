@@ -1,0 +1,117 @@
+"""The paper's figure 6: what a DPO step does to the answers of a model, on the dev problems.
+
+    python -m tests.bench.dpo_step runs/tiny-seed-? [--round 1] [--problems N] [--out DIR]
+
+Before the step is f', after it f_d. Pass@1 is greedy, Pass@10 of ten samples at the run's own
+temperature. Pseudo-labels are those that three samples for each question of U give, gold rationales
+aside, and come from the files of the run. Runs that differ in the seed are merged.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data.problems import Problem, read_jsonl
+from run import load_data
+from selftrain import Stages, accuracies
+from tests.bench.report import (
+    RED,
+    add_plain_style,
+    chances,
+    config_of,
+    count_labels,
+    interval,
+    new_figure,
+    print_rows,
+    save_figures,
+    spread,
+)
+from tokenizer import Tokenizer
+
+NAMES = ("greedy Pass@1 (%)", "Pass@10 (%)", "pseudo-labels")
+
+
+def measure_model(
+    folder: Path, config: argparse.Namespace, checkpoint: str, dev: Sequence[Problem]
+) -> tuple[float, float]:
+    """Pass@1 and Pass@10 of a model of the run, in %, with the calculator."""
+    stages = Stages(folder, Tokenizer(folder / checkpoint), config, folder, print)
+    writer = stages.load_writer(folder / checkpoint)
+    greedy = stages.answer(writer, "dev", dev, calculator=True)
+    sampled = stages.write_rationales(
+        writer,
+        str(folder / checkpoint),
+        dev,
+        n_samples=10,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        seed=f"figure 6/{config.seed}",
+    )
+    return accuracies(greedy)["dev"], 100 * statistics.mean(chances(sampled, 10))
+
+
+def measure_step(folder: Path, number: int, n_problems: int | None) -> dict[str, list[float]]:
+    """The three numbers before and after the DPO step of a round."""
+    config = config_of(folder)
+    _, _, tests = load_data(config)
+    if "dev" not in tests:
+        raise ValueError(f"{folder}: this run has no test set named dev")
+    dev = tests["dev"][:n_problems]
+    here = f"dpo-st/round-{number}"
+    before = "warm-up/sft" if number == 1 else f"dpo-st/round-{number - 1}/sft"
+    tokenizer = Tokenizer(folder / before)
+    found = {}
+    for when, model, samples in (("before", before, "pairs"), ("after", f"{here}/dpo", "labels")):
+        rows = read_jsonl(folder / here / f"samples-for-{samples}.jsonl")
+        n_labels = count_labels(rows, tokenizer, 3)
+        found[when] = [*measure_model(folder, config, model, dev), n_labels]
+    return found
+
+
+def draw(found: list[dict[str, list[float]]]):
+    """Bars before and after the step, for each of the three numbers."""
+    figure, panels = new_figure(10, 4, 3)
+    for number, axes in enumerate(panels):
+        for x, when, color in ((0, "before", "#999999"), (1, "after", RED)):
+            values = [run[when][number] for run in found]
+            error = statistics.stdev(values) if len(values) > 1 else None
+            axes.bar(x, statistics.mean(values), yerr=error, capsize=6, color=color)
+        axes.set_xticks((0, 1), ("before DPO", "after DPO"))
+        axes.set_ylabel(NAMES[number])
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("--round", type=int, default=1)
+    parser.add_argument("--problems", type=int, help="the first N of dev (all)")
+    parser.add_argument("--out", type=Path, help="of the picture (none)")
+    args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # ± is not in every encoding
+    torch.set_flush_denormal(True)
+    if config_of(args.runs[0]).size == "tiny":
+        torch.set_num_threads(1)
+    try:
+        found = [measure_step(folder, args.round, args.problems) for folder in args.runs]
+    except (OSError, ValueError) as error:
+        sys.exit(f"dpo_step: {error}")
+    rows = []
+    for number, name in enumerate(NAMES):
+        before = [run["before"][number] for run in found]
+        after = [run["after"][number] for run in found]
+        differences = [two - one for one, two in zip(before, after, strict=True)]
+        rows.append([name, spread(before), spread(after), interval(differences)])
+    print_rows(["", "before DPO", "after DPO", "difference"], rows)
+    if args.out and add_plain_style():
+        save_figures({"dpo-step": draw(found)}, args.out)
+
+
+if __name__ == "__main__":
+    main()
