@@ -44,7 +44,8 @@ def calculate(expression: str) -> str | None:
 def format_number(value: float) -> str:
     """Print an integer when within 1e-4 of one, else two decimals without closing zeros.
 
-    DIFFERS: 0.29 * 100 = 28.999999999999996 prints as 29; the authors' code prints 29.0.
+    DIFFERS: 0.29 * 100 = 28.999999999999996 prints as 29; the authors' code, which cuts
+    the decimals off before it compares, prints 29.0.
     """
     if abs(value - round(value)) < 1e-4:
         return str(round(value))
@@ -106,7 +107,7 @@ def bounded(value: float) -> float:
 
 
 def main() -> None:
-    examples = ["48 / 2", "(1,200 - 15%) * .5", "2 ** 9999", "1 / 0", "__import__('os')"]
+    examples = ["48 / 2", "15% * 1,200 - .5", "2 ** 9999", "1 / 0", "__import__('os')"]
     for expression in sys.argv[1:] or examples:
         result = calculate(expression)
         if result is None:

@@ -24,8 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from calculator import calculate
-from model import MASKED, START_ID, T5, load_flan_t5, padding_bias
-from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
+from model import MASKED, START_ID, T5, T5Config, load_flan_t5, padding_bias
+from tokenizer import EOS_ID, MAX_QUESTION, UNKNOWN_ID, Tokenizer, pad_batch
 
 MAX_NEW_TOKENS = 300  # appendix A
 TOP_K = 50  # DIFFERS: visible here; the authors inherit it from their framework without saying so
@@ -77,6 +77,7 @@ class RowState:
 
     @property
     def done(self) -> bool:
+        """Ended by the model, or at the limit: as many tokens as there is noise for."""
         return self.sample.finished or len(self.sample.ids) == len(self.noise)
 
     @property
@@ -122,10 +123,10 @@ class RowState:
 class KVCache:
     """The keys and values of every decoder layer, for a batch of B slots.
 
-    Slot b has written lengths[b] tokens; their keys stand in columns 0 to lengths[b] - 1, and the
-    next ones go to column lengths[b]. To give a slot to a new rationale its length is set to 0: the
-    old columns are masked, and overwritten one by one. So slots need not start together, nor end
-    together.
+    Slot b has written lengths[b] tokens (START_ID counts, the newest does not yet); their keys
+    stand in columns 0 to lengths[b] - 1, and the next ones go to column lengths[b]. To give a slot
+    to a new rationale its length is set to 0: the old columns are masked, and overwritten one by
+    one. So slots need not start together, nor end together.
 
         columns             0 1 2 3 4 5 6
         slot 0, length 5    k k k k k . .    the next keys go to column 5
@@ -220,7 +221,7 @@ def record_step(model: T5, cache: KVCache) -> Callable[[Tensor, KVCache], Tensor
     with torch.cuda.graph(graph):
         logits = model.step(ids, cache)
 
-    def step(new_ids: Tensor, cache: KVCache) -> Tensor:
+    def step(new_ids: Tensor, _: KVCache) -> Tensor:  # always on the recorded cache
         ids.copy_(new_ids)
         graph.replay()
         return logits
@@ -298,6 +299,15 @@ def generate(
     return results
 
 
+def check_vocabulary(folder: str | Path, config: T5Config, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if a model and a spiece.model do not belong together."""
+    if not 0 <= config.vocab_size - tokenizer.vocab_size < 128:  # T5 rounds up to a multiple of 128
+        raise ValueError(
+            f"{folder}: spiece.model has {tokenizer.vocab_size} ids, the model "
+            f"{config.vocab_size}: they do not belong together"
+        )
+
+
 def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
     """The rationale's text, with what the calculator wrote between « and »."""
     text = ""
@@ -317,15 +327,19 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks ends nothing
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    if (Path(args.checkpoint) / "log.jsonl").exists():
-        sys.exit(f"decode.py: {args.checkpoint} is a run: give a model in it, such as warm-up/sft")
     torch.set_flush_denormal(True)
     try:
+        if (Path(args.checkpoint) / "log.jsonl").exists():
+            raise ValueError(f"{args.checkpoint} is a run: give a model in it, as warm-up/sft")
         model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
+        check_vocabulary(args.checkpoint, model.config, tokenizer)
     except (OSError, ValueError) as error:
         sys.exit(f"decode.py: {error}")
     for question in args.question:
         question = question.encode("utf-8", "replace").decode()  # bytes that are no text: ?
+        ids = tokenizer.encode(question)
+        if len(ids) > MAX_QUESTION or UNKNOWN_ID in ids:
+            print("decode.py: of this question the model cannot read all:", file=sys.stderr)
         [[sample]] = generate(model, tokenizer, [question])
         print(f"{question}\n  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}")
     if args.question:

@@ -1,4 +1,4 @@
-"""Flan-T5 in plain PyTorch: the encoder-decoder that DPO-ST trains (paper, section 4.2).
+"""Flan-T5 in plain PyTorch: the encoder-decoder that DPO-ST trains (paper, section 4).
 
 This is the T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), with the names under which
 public checkpoints store it. Left out: losses (sft.py, dpo.py), sampling and its cache (decode.py),
@@ -42,7 +42,9 @@ class T5Config:
 
 
 SIZES = {  # the public sizes, and tiny; a checkpoint's own config.json is what counts
-    "tiny": T5Config(d_model=128, d_ff=256, n_heads=4, n_layers=2, d_kv=32, vocab_size=768),
+    "tiny": T5Config(
+        d_model=128, d_ff=256, n_heads=4, n_layers=2, d_kv=32, vocab_size=768, dropout=0.0
+    ),
     "small": T5Config(d_model=512, d_ff=1024, n_heads=6, n_layers=8),
     "base": T5Config(d_model=768, d_ff=2048, n_heads=12, n_layers=12),
     "large": T5Config(d_model=1024, d_ff=2816, n_heads=16, n_layers=24),
@@ -117,7 +119,10 @@ class Attention(nn.Module):
         return self.split_heads(self.k(x)), self.split_heads(self.v(x))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Mix values into x (B, T, D). bias is added to the scores (B, H, T, S), and also masks."""
+        """x (B, T, D) -> for every position a mixture of the values, (B, T, D).
+
+        bias is added to the scores (B, H, T, S), and also masks.
+        """
         queries = self.split_heads(self.q(x))  # (B, H, T, K)
         # Other transformers divide by sqrt(K) here. T5's initialisation of q holds that factor.
         scores = queries @ keys.transpose(2, 3) + bias  # (B, H, T, S)
@@ -160,8 +165,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, states=None, source_bias=None, cache=None) -> Tensor:
         """x (B, T, D) -> (B, T, D).
 
-        In the decoder the source comes as encoder states (B, S, D). Or, while x is one new token
-        per slot (T = 1), it comes from a decode.KVCache, which also remembers the earlier tokens.
+        In the decoder the source comes in one of two forms: encoder states (B, S, D); or, while x
+        is one new token per slot (T = 1), a decode.KVCache, which also holds the earlier tokens.
         """
         normed = self.self_attention_norm(x)
         keys, values = self.self_attention.keys_values(normed)
@@ -326,6 +331,11 @@ def read_config(folder: str | Path) -> T5Config:
         found = fields.get(name, standard.get(name))
         if found != wanted:
             raise ValueError(f"{path}: {name} is {found!r}; a Flan-T5 has {wanted!r}")
+    generation = Path(folder) / "generation_config.json"
+    fields_too = read_fields(generation) if generation.exists() else {}
+    for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+        if fields_too.get(name, STANDARD_FIELDS[name]) != STANDARD_FIELDS[name]:
+            raise ValueError(f"{generation}: {name} is another one than a Flan-T5's")
     # Release 5 of the public library writes tie_word_embeddings true for every T5, and whether the
     # head is really tied, and its logits scaled, into a field of its own.
     scaled = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", True))
@@ -341,9 +351,10 @@ def read_config(folder: str | Path) -> T5Config:
 def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
     """Build a T5 from a checkpoint folder in the public layout, in evaluation mode.
 
-    dtype is what the model computes in, fp32 or bf16, whatever the file stores. Every tensor must
+    dtype is what the model computes in, fp32 or bf16; the file may store fp16. Every tensor must
     be used exactly once, with the shape that config.json implies. Raises ValueError or
-    FileNotFoundError for damaged files, other architectures, missing or unknown tensors, and fp16.
+    FileNotFoundError for damaged files, other architectures, missing or unknown tensors, and a
+    dtype of fp16.
     """
     folder = Path(folder)
     if dtype not in (torch.float32, torch.bfloat16):
@@ -367,6 +378,8 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise ValueError(f"{folder}: {public} is {found}, not {list(parameter.shape)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {public} holds NaN or infinity: fetch it again")
         state[name] = tensor.to(dtype)
     if tensors:
         raise ValueError(f"{folder} holds {sorted(tensors)[0]}, a tensor that no Flan-T5 has")

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -32,14 +33,22 @@ from data.problems import (
 )
 from data.sources import fetch_datasets, fetch_flan_t5
 from data.synthetic import make_datasets
-from decode import MAX_NEW_TOKENS, TOP_K
+from decode import MAX_NEW_TOKENS, TOP_K, check_vocabulary
 from model import SIZES, read_config
-from selftrain import MAX_SIMILARITY, N_PAIRS, PERCENTILE, Stages, accuracies, self_train
+from selftrain import (
+    MAX_SIMILARITY,
+    N_PAIRS,
+    PERCENTILE,
+    Stages,
+    accuracies,
+    is_correct,
+    self_train,
+)
 from sft import end_processes, from_process_0, rank_and_count, start_processes
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, format_rationale
 
 HERE = Path(__file__).resolve().parent
-TESTS = ("GSM8K", "MultiArith", "ASDiv", "SVAMP")  # and dev, GSM8K's, for figures 6 and 7
+TESTS = ("GSM8K", "MultiArith", "ASDiv", "SVAMP")  # and dev, GSM8K's
 # The paper's results, in the order of TESTS.
 TABLE_2 = json.loads((HERE / "data" / "table_2.json").read_text())
 
@@ -80,8 +89,9 @@ def between(least: float, most: float, kind: type = float) -> Callable[[str], fl
 def named_file(text: str) -> tuple[str, str]:
     """For argparse: NAME=FILE."""
     name, _, file = text.partition("=")
-    if not name or not file:
-        raise argparse.ArgumentTypeError(f"must be NAME=FILE, not {text}")
+    taken = name == "stage" or name.endswith(" without calculator")  # by the log and the table
+    if not name or not file or taken or "|" in name or not name.isprintable():
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, with another name than {text!a:.60}")
     return name, file
 
 
@@ -90,8 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
     tiny = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items())
     parser = argparse.ArgumentParser(
         usage="python run.py [--size SIZE] [flags]",
-        description=__doc__.splitlines()[0],
-        epilog=f"--size tiny has other defaults: {tiny}.",
+        description="The defaults in round brackets are the paper's, for --size small to xxl. "
+        f"--size tiny, which is the default, has others: {tiny}.",
         allow_abbrev=False,
     )
     whole = between(0, 10**9, int)
@@ -206,7 +216,7 @@ def load_data(
     else:
         folder = from_process_0(fetch_datasets)
         labeled = load_problems(folder / "gsm8k" / "train.jsonl")
-        unlabeled = labeled  # section 4.1: U is L without its rationales
+        unlabeled = labeled  # section 4.1; self_train takes its rationales away
         tests = {name: load_problems(folder / name.lower() / "test.jsonl") for name in TESTS}
         tests["dev"] = load_problems(folder / "gsm8k" / "dev.jsonl")
     if not config.allow_leakage:
@@ -219,6 +229,12 @@ def load_data(
                 "move what has none to --unlabeled"
             )
     labeled = [replace(p, rationale=format_rationale(p.rationale)) for p in labeled[:first]]
+    for problem in labeled:
+        if not is_correct(problem.rationale, problem.answer):
+            raise ValueError(
+                f"{config.labeled}: the rationale of '{problem.question:.40}...' must end in "
+                f"'#### {problem.answer}', with one space"
+            )
     tests = {name: problems[:first] for name, problems in tests.items()}
     return labeled, unlabeled[:first], tests
 
@@ -236,8 +252,15 @@ def make_table(folder: Path, config: argparse.Namespace) -> str:
             number += 1
     results = {}
     rows = []
+    asked = None  # every evaluation must be of the same problems
     for method, number, stage in stages:
-        results[stage] = accuracies(read_jsonl(folder / stage / "evaluation.jsonl"))
+        path = folder / stage / "evaluation.jsonl"
+        answers = read_jsonl(path)
+        questions = [(row.get("test"), row.get("question")) for row in answers]
+        asked = asked or questions
+        if not answers or questions != asked:
+            raise ValueError(f"{path} is damaged: delete it, and the same command makes it again")
+        results[stage] = accuracies(answers)
         rows.append([method, number, *(f"{share:.1f}" for share in results[stage].values())])
     if is_the_papers(config):
         for method, numbers in TABLE_2.get(config.size, {}).items():
@@ -285,12 +308,7 @@ def main() -> None:
     else:
         base = from_process_0(lambda: fetch_flan_t5(config.size))
     tokenizer = Tokenizer(base)
-    vocab_size = read_config(base).vocab_size
-    if not 0 <= vocab_size - tokenizer.vocab_size < 128:  # T5 rounds up to a multiple of 128
-        raise ValueError(
-            f"{base}: spiece.model has {tokenizer.vocab_size} ids, the model {vocab_size}: "
-            "they do not belong together"
-        )
+    check_vocabulary(base, read_config(base), tokenizer)
     for problem in chain(labeled, unlabeled, *tests.values()):
         check_answer(problem, tokenizer)
     problems = (labeled, unlabeled, tests)
@@ -319,7 +337,8 @@ def main() -> None:
     if rank == 0:
         print(f"\n{make_table(folder, config)}")
         print(f"{time.perf_counter() - began:,.0f} s. Ask the last model:")
-        print(f'python "{HERE / "decode.py"}" --checkpoint "{model}" "QUESTION"')
+        print("python", shlex.quote(str(HERE / "decode.py")), "--checkpoint", end=" ")
+        print(shlex.quote(str(model)), '"QUESTION"')
     end_processes()
 
 

@@ -103,9 +103,9 @@ def make_pairs(
 ) -> list[PreferencePair]:
     """Pair the correct with the incorrect rationales of one question; there may be none.
 
-    The n_pairs least similar are kept: they teach the most about what separates right from wrong.
-    Source: section 4.2; authors' code, make_dpo_data.py, which also puts the gold rationale first
-    among the winning ones.
+    Source: section 4.2 (deduplicate); authors' code, make_dpo_data.py (the gold rationale leads the
+    winning ones, the n_pairs least similar pairs are kept).
+    DIFFERS: pairs that are equally similar keep their order; the authors shuffle them first.
     """
     correct, incorrect = split_samples(rationales, problem.answer)
     gold = [problem.rationale] if problem.rationale else []
@@ -173,7 +173,7 @@ def self_train(
     labeled is L, with formatted rationales. unlabeled is U: its questions and answers are used, not
     its rationales. config: the flags of run.py. stages: does the work.
     """
-    # U's own rationales are not used. Where L holds the same problem, L's rationale is gold.
+    # U's own rationales are not used: gold is what L has for the same problem, if it has any.
     same_question: dict[str, list[Problem]] = {}
     for problem in labeled:
         same_question.setdefault(problem.question, []).append(problem)
@@ -181,7 +181,8 @@ def self_train(
         with_gold(problem, same_question.get(problem.question, [])) for problem in unlabeled
     ]
     known = set(labeled)
-    drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # by f', of all rounds
+    # Samples of all rounds so far, question by question (authors' code).
+    drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # by f'
     drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]  # by f' (ST) or f_d (DPO-ST)
     model = stages.sft("warm-up/sft", labeled)  # f' = SFT(f, L)
     stages.evaluate("warm-up/evaluation.jsonl", model, tests)
@@ -208,7 +209,10 @@ def self_train(
 
 
 def with_gold(problem: Problem, labeled: Sequence[Problem]) -> Problem:
-    """The one of these problems of L that has the answer, too; else U's own, without rationale."""
+    """A problem of U with the gold rationale of L's problem with this question and answer, if any.
+
+    labeled: L's problems with this question.
+    """
     for other in labeled:
         if same_answer(other.answer, problem.answer):
             return other
@@ -295,7 +299,11 @@ class Stages:
                 record[f"pass@{k}"] = 100 * float(np.mean(chances))
             self.log(record)
             finish(path, partial(write_jsonl, rows))
-        return [row["rationales"] for row in read_jsonl(path)]
+        rows = read_jsonl(path)
+        read = [(row.get("question"), len(row.get("rationales", ()))) for row in rows]
+        if read != [(problem.question, n_samples) for problem in problems]:
+            raise ValueError(f"{path} is damaged: delete it, and the same command makes it again")
+        return [row["rationales"] for row in rows]
 
     def pairs(
         self, name: str, problems: Sequence[Problem], samples: Samples
@@ -311,7 +319,7 @@ class Stages:
     def pseudo_labels(
         self, name: str, problems: Sequence[Problem], samples: Samples
     ) -> list[Problem]:
-        """S_a, from all samples drawn for it so far."""
+        """S_a, from all samples drawn for it so far, and the gold rationales among them."""
         c = self.config
         labels = make_pseudo_labels(
             problems, samples, self.tokenizer, c.max_similarity, c.percentile
@@ -348,7 +356,10 @@ class Stages:
         return [{"test": test, "calculator": calculator} | row for row in rows]
 
     def load_writer(self, model: Path) -> T5:
-        """A model that only writes: in bf16 its weights are, too."""
+        """A model that only writes.
+
+        DIFFERS: with --bf16 its weights are bf16, too; the authors keep fp32 weights and autocast.
+        """
         dtype = torch.bfloat16 if self.config.bf16 else torch.float32
         return load_flan_t5(model, dtype, self.config.device)
 

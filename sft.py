@@ -119,7 +119,8 @@ def batches(items: Sequence, batch_size: int, seed: int) -> Iterator[list]:
 def micro_batches(batch: Sequence, max_tokens: int) -> list[list]:
     """Cut a batch into parts of similar length: items times the longest is at most max_tokens.
 
-    An item that is longer than that is a part of its own.
+    An item that is longer than that is a part of its own. Questions and rationales are padded each
+    by themselves, so a part may take somewhat more.
     """
     parts: list[list] = []
     for item in sorted(batch, key=len, reverse=True):

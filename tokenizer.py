@@ -1,4 +1,4 @@
-"""Text to ids and back: SentencePiece, and the spelling of rationales (paper, section 4.1).
+"""Text to ids and back: SentencePiece, and the spelling of rationales (authors' code).
 
 Left out: special tokens that are written out in text, such as `<extra_id_0>`, and normalisation,
 which SentencePiece brings with its model.
@@ -42,7 +42,8 @@ class Tokenizer:
                 f"{path} is missing: a checkpoint folder needs its spiece.model"
             )
         try:
-            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            proto = path.read_bytes()
+            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError:
             raise ValueError(f"{path} is not a SentencePiece model: fetch it again") from None
         special = (
@@ -106,6 +107,7 @@ def format_rationale(text: str) -> str:
     `She sold 48/2 = <<48/2=24>>24 clips.\n#### 24` becomes
     `She sold 48 / 2 = [ 48 / 2 = 24] 24 clips. #### 24`. Source: authors' code, data_module.py.
     """
+    text = re.sub(r"(?<=\d)[½¼¾]", r" \g<0>", text)  # 2½ is not 21/2
     text = text.translate(KNOWN_SIGNS)
     text = re.sub(r"<<(\d+)=\1>>", "", text)  # an annotation that only restates a number
     text = re.sub(r"(?<=\D):(?=\d)", ": ", text)  # but 5:30 is a time of day

@@ -92,15 +92,24 @@ def refuse_additions(folder: Path) -> None:
     """Raise ValueError for files that change what the weights mean: an adapter, new tokens."""
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds an adapter: merge it into the weights first")
-    tokens = []
-    if (folder / "added_tokens.json").exists():
-        tokens += read_fields(folder / "added_tokens.json")
-    if (folder / "tokenizer_config.json").exists():
-        added = read_fields(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-        tokens += [token["content"] for token in added.values()]
-    for token in tokens:
-        if token not in ("<pad>", "</s>", "<unk>") and not token.startswith("<extra_id_"):
-            raise ValueError(f"{folder} adds the token {token!r} to T5's vocabulary: not read here")
+    texts = []
+    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        path = folder / name
+        fields = read_fields(path) if path.exists() else {}
+        try:
+            if name == "added_tokens.json":
+                texts += fields
+            elif name == "tokenizer.json":
+                texts += [token["content"] for token in fields.get("added_tokens", [])]
+            else:
+                texts += fields.get("additional_special_tokens") or []
+                decoder = fields.get("added_tokens_decoder", {})
+                texts += [token["content"] for token in decoder.values()]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise damaged(path, error) from None
+    for text in map(str, texts):
+        if text not in ("<pad>", "</s>", "<unk>") and not text.startswith("<extra_id_"):
+            raise ValueError(f"{folder} adds the token {text!r} to T5's vocabulary: not read here")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

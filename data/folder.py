@@ -52,9 +52,13 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
         prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
     ) as folder:
         unfinished = Path(folder) / path.name
-        write(unfinished)
-        if not path.is_dir():  # else another run has made the same folder meanwhile
-            os.replace(unfinished, path)
+        try:
+            write(unfinished)
+            if not path.is_dir():  # else another run has made the same folder meanwhile
+                os.replace(unfinished, path)
+        except FileNotFoundError:
+            if not path.exists():  # else another run was faster, and has cleared this away
+                raise
 
 
 def remove_leftovers(path: Path) -> None:
@@ -76,12 +80,14 @@ def open_folder(folder: Path, config: dict, problems: object, base: Path) -> Non
         "base_weights": checksum(base),
     }
     if path.exists():
-        before = read_config(path)
+        before = read_run_config(path)
         for name in config:
             if name not in MAY_CHANGE and before.get(name) != config[name]:
                 there = f"--{name.replace('_', '-')} {before.get(name)}"
                 if name in ("problems", "base_weights"):
                     there = f"other {name.replace('_', ' ')}"
+                elif isinstance(config[name], bool):  # its flag may be called --no-...
+                    there = f"another setting of {name.replace('_', '-')}"
                 raise ValueError(
                     f"{folder} holds a run with {there}: repeat that, or choose another --out"
                 )
@@ -93,13 +99,13 @@ def open_folder(folder: Path, config: dict, problems: object, base: Path) -> Non
     drop_unfinished(folder)
 
 
-def read_config(path: Path) -> dict:
+def read_run_config(path: Path) -> dict:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         before = None
-    if not isinstance(before, dict):
-        raise ValueError(f"{path} is damaged: choose another --out")
+    if not isinstance(before, dict) or "base_weights" not in before:
+        raise ValueError(f"{path} is damaged, or of no run: choose another --out")
     return before
 
 
@@ -118,11 +124,11 @@ def drop_unfinished(folder: Path) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             stage = json.loads(line)["stage"]
-        except ValueError:  # killed in the middle of a line
+        except (ValueError, KeyError, TypeError):  # killed in the middle of a line, or not ours
             continue
-        if (folder / stage).exists():
+        if (folder / str(stage)).exists():
             kept.append(line)
     write_text("".join(kept), path)

@@ -159,19 +159,17 @@ def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
 def check_leakage(
     labeled: list[Problem], unlabeled: list[Problem], tests: dict[str, list[Problem]]
 ) -> None:
-    """Raise ValueError if a test asks what is trained on, up to case and spaces."""
-    trained = {spelled(problem) for problem in [*labeled, *unlabeled]}
+    """Raise ValueError if a test asks what is trained on, up to case, spaces and Unicode's form."""
+    trained = {plain_text(problem.question) for problem in [*labeled, *unlabeled]}
     for name, problems in tests.items():
-        leaked = [problem.question for problem in problems if spelled(problem) in trained]
+        leaked = [
+            problem.question for problem in problems if plain_text(problem.question) in trained
+        ]
         if leaked:
             raise ValueError(
                 f"{name}: {len(leaked)} questions are trained on, too ('{leaked[0]:.40}...'): "
                 "drop them, or add --allow-leakage"
             )
-
-
-def spelled(problem: Problem) -> str:
-    return " ".join(problem.question.split()).casefold()
 
 
 def check_answer(problem: Problem, tokenizer) -> None:
@@ -193,15 +191,19 @@ def describe(
     max_rationale: int,
 ) -> str:
     """What of the texts is cut (lengths in tokens) or lost."""
-    cut = sum(len(tokenizer.encode(question)) > max_question for question in questions)
-    long = unknown = 0
+    unknown_id = tokenizer.sentencepiece.unk_id()
+    cut = unknown = 0
+    for question in questions:
+        ids = tokenizer.encode(question)
+        cut += len(ids) > max_question
+        unknown += unknown_id in ids
+    long = unknown_rationales = 0
     for problem in labeled:
-        rationale = tokenizer.encode(problem.rationale)
-        long += len(rationale) > max_rationale
-        ids = rationale + tokenizer.encode(problem.question)
-        unknown += tokenizer.sentencepiece.unk_id() in ids
+        ids = tokenizer.encode(problem.rationale)
+        long += len(ids) > max_rationale
+        unknown_rationales += unknown_id in ids
     return (
-        f"Of {len(questions)} questions {cut} are cut at {max_question} tokens; of {len(labeled)} "
-        f"labeled problems {long} have rationales longer than {max_rationale} tokens, "
-        f"{unknown} have signs that the vocabulary lacks"
+        f"Of {len(questions)} questions {cut} are cut at {max_question} tokens and {unknown} have "
+        f"signs that the vocabulary lacks; of {len(labeled)} labeled rationales {long} are longer "
+        f"than {max_rationale} tokens and {unknown_rationales} have such signs"
     )

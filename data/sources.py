@@ -7,6 +7,7 @@ checksum proved right, so what the cache holds is whole. Half a file is not resu
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -45,12 +46,14 @@ def fetch_datasets(cache: str | Path | None = None) -> Path:
     host = host_of("DPO_ST_GITHUB", "https://raw.githubusercontent.com")
     for name, source in DATASETS.items():
         path = folder / name
-        if path.exists():
-            continue
         url = f"{host}/{source['address']}"
         convert = CONVERSIONS.get(name)
         if convert is None:
             download(url, path, source["sha256"])
+            if hashlib.sha256(path.read_bytes()).hexdigest() != source["sha256"]:
+                raise DownloadError(f"{path} was changed since: delete it, and run this again")
+            continue
+        if path.exists():
             continue
         raw = path.with_name(url.rpartition("/")[2])
         download(url, raw, source["sha256"])
@@ -111,12 +114,10 @@ def fetch_weights(url: str, folder: Path, name: str, size: str) -> None:
 def is_whole(folder: Path) -> bool:
     """Whether a folder has all that a checkpoint needs."""
     try:
-        weights = weight_files(folder)
-    except (FileNotFoundError, ValueError):  # none, or an index of somebody else's that is broken
+        files = [folder / "config.json", folder / "spiece.model", *weight_files(folder)]
+        return all(path.is_file() for path in files)
+    except (OSError, ValueError):  # none, a broken index, or another user's
         return False
-    return all(
-        path.is_file() for path in [folder / "config.json", folder / "spiece.model", *weights]
-    )
 
 
 # ------------------------------------------------------------------------------------------- places

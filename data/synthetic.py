@@ -4,7 +4,8 @@ A story is an opening and some events. Each adds a sentence to the question and 
 (or two, for "three bags of twelve") to the rationale, going on from the number reached so far.
 Families, names, objects and wordings vary, and one story in four mentions a number that has nothing
 to do with the answer. The families are told in stories.txt, which you can extend; two of them,
-library and orchard, are only ever test sets. Left out: fractions, percentages, units.
+library and orchard, are in neither L nor U, only in tests (and among what data/tiny has read, as
+Flan-T5 has read the web). Left out: fractions, percentages, units.
 
     python -m data.synthetic        # three of them
 """

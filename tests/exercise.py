@@ -6,6 +6,7 @@ python -m tests.exercise 7 ~/dpo         # exercise 7 in a new folder; nothing i
 
 import argparse
 import ast
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -243,9 +244,9 @@ def empty(source: str, target: str, number: int) -> str:
 
 def copy(folder: Path) -> None:
     """Copy the project, without runs and caches, to a folder that does not exist yet. Raises FileExistsError."""
-    shutil.copytree(
-        ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.partial")
-    )
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.partial")
+    # copyfile: files that are read-only here are to be written there.
+    shutil.copytree(ROOT, folder, ignore=ignored, copy_function=shutil.copyfile)
 
 
 def prepare(number: int, folder: Path) -> Exercise:
@@ -272,6 +273,7 @@ def main() -> None:
         help="a new one; default: exercise-NUMBER beside this project",
     )
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks ends nothing
     if args.number is None:
         return print(
             *(f"{n:2}  {e.title} ({e.file}, {e.time})" for n, e in enumerate(EXERCISES, 1)),
@@ -294,7 +296,7 @@ def main() -> None:
         f"Exercise {args.number}: {exercise.title} ({exercise.time})\nread     {exercise.read}\n{what}"
     )
     print(
-        f"grade    cd {folder} && python -m pytest -q {exercise.tests}      # pip install -r requirements-test.txt, once"
+        f"grade    cd {shlex.quote(str(folder))} && python -m pytest -q {exercise.tests}      # pip install -r requirements-test.txt, once"
     )
     print(f"hint     {exercise.hint}\nthen     {exercise.after}")
 

@@ -21,7 +21,7 @@ WRONG = {
     "dropout left on": (8, "dpo.py", "dropout=False", "dropout=True"),
     "cache written one column late": (3, "decode.py", "self.now = self.lengths.clamp", "self.now = (self.lengths + 1).clamp"),
     "calculator firing in the wrong row": (5, "decode.py", "self.queue: deque[int] = deque()", "self.queue = vars(tokenizer).setdefault('queue', deque())"),
-    "pairs from unlabeled gold": (12, "selftrain.py", "gold.get((p.question, p.answer))", "gold.get((p.question, p.answer), p.rationale)"),
+    "pairs from unlabeled gold": (12, "selftrain.py", "return replace(problem, rationale=None)", "return problem"),
 }  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """What people's machines, files and command lines do to a run: it works, or says in one sentence what is wrong."""
 
 import random
+import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from test_processes import start
 from test_run import command, hashes, main_in_this_process
 
 import run
-from data.problems import Problem, read_jsonl, write_jsonl
+from data.folder import write_beside
+from data.problems import Problem, check_leakage, read_jsonl, write_jsonl
+from selftrain import is_correct
 
 BRIEF = "--limit 2 --rounds 1 --sft-epochs 1 --dpo-steps 1 --max-new-tokens 20".split()
 SUM = Problem("How many are 2 + 4?", 6.0, "2 + 4 = <<2+4=6>>6\n#### 6")
+NEW = Problem("How many are 1 + 2?", 3.0)
 NAMES = Problem(
     "Ana is taller than Ben. Who is taller?", "Ana", "Ana is taller than Ben.\n#### Ana"
 )
@@ -74,7 +78,7 @@ def test_a_reader_who_leaves_is_told_how_to_go_on(tmp_path):
 def test_problems_come_from_pipes_too(tmp_path):
     """`--labeled <(head -100 all.jsonl)` is how people cut a file."""
     problems = write_problems(tmp_path / "l.jsonl", [SUM])
-    tests = write_problems(tmp_path / "t.jsonl", [Problem("How many are 1 + 2?", 3.0)])
+    tests = write_problems(tmp_path / "t.jsonl", [NEW])
     result = shell(
         f"{{python}} run.py {' '.join(BRIEF)} --labeled <(cat '{problems}') "
         f"--test sums=<(cat '{tests}') --out '{tmp_path}/run'"
@@ -95,7 +99,7 @@ def test_answers_that_the_vocabulary_cannot_spell_are_refused(answer, place, tmp
         *BRIEF, "--labeled", files["labeled"], "--unlabeled", files["unlabeled"],
         "--test", f"t={files['test']}", "--out", tmp_path / "run",
     )  # fmt: skip
-    assert code == 2 and "the vocabulary lacks signs of the answer" in said
+    assert code == 2 and ("lacks signs of the answer" in said or f"#### {answer}" in said)
     assert not (tmp_path / "run").exists()
 
 
@@ -103,6 +107,82 @@ def test_a_runs_folder_given_as_a_model_is_named(usual):
     """The folder that a run prints first is the run's; models lie within."""
     result = shell(f"{{python}} decode.py --checkpoint '{usual}' 'Tom has 3 pens.'")
     assert result.returncode != 0 and "is a run: give a model in it" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "rationale", ["2 + 4 = 6\n#####6", "2 + 4 = 6\n####\t6", "2 + 4 = 6 ####6"]
+)
+def test_a_rationale_that_would_be_learned_and_counted_wrong_is_refused(rationale, tmp_path):
+    """The reader of a file is more lenient than the rule that grades what a model writes."""
+    code, said = main_in_this_process(
+        *BRIEF, "--labeled", write_problems(tmp_path / "l", [replace(SUM, rationale=rationale)]),
+        "--test", f"t={write_problems(tmp_path / 't', [NEW])}", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0 or (code == 2 and "must end in '#### 6" in said)
+    if code == 0:  # then it was respelled
+        rows = read_jsonl(tmp_path / "run/st/round-1/pseudo-labels.jsonl")
+        assert is_correct(rows[0]["rationale"], 6.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["stage", "dev without calculator", "a|b", "two\nlines", "caf\udce9"]
+)
+def test_names_that_a_table_or_a_log_cannot_hold_are_refused(name, tmp_path):
+    """`stage` in the log is the path of what was made; the other names broke the closing table, or the run at its end."""
+    code, said = main_in_this_process("--test", f"{name}={tmp_path}/t", "--labeled", "l")
+    assert code == 2 and "with another name than" in said
+
+
+def test_leakage_is_found_whatever_unicode_form_a_question_has():
+    """The model reads both as the same ids."""
+    typed, composed = Problem("Zoe\u0308 has ３ pens?", 3.0), Problem("Zoë has 3 pens?", 3.0)
+    with pytest.raises(ValueError, match="trained on"):
+        check_leakage([typed], [], {"t": [composed]})
+
+
+def test_a_question_that_the_model_cannot_read_whole_is_named():
+    """The answer would be to another question."""
+    result = shell("{python} decode.py '3 ☃ and 4?' " + "'" + "Ana has 3 nuts. " * 60 + "?'")
+    assert result.returncode == 0 and result.stderr.count("cannot read all") == 2
+
+
+# ------------------------------------------------------------------------- a run's folder, changed
+
+
+@pytest.mark.parametrize("file", ["samples-for-labels.jsonl", "evaluation.jsonl"])
+@pytest.mark.parametrize("change", ["emptied", "reversed", "shortened"])
+def test_rows_that_were_changed_are_not_joined_with_other_problems(usual, file, change, tmp_path):
+    """They are matched by position, so another order would give every question its neighbour's answers."""
+    shutil.copytree(usual, tmp_path / "run")
+    path = tmp_path / "run" / "dpo-st" / "round-1" / file
+    rows = read_jsonl(path)
+    write_jsonl({"emptied": [], "reversed": rows[::-1], "shortened": rows[1:]}[change], path)
+    code, said = main_in_this_process(*BRIEF, "--out", tmp_path / "run")
+    assert code == 2 and f"{path} is damaged: delete it" in said
+    path.unlink()
+    assert main_in_this_process(*BRIEF, "--out", tmp_path / "run")[0] == 0
+
+
+def test_a_log_with_lines_of_others_is_no_obstacle(usual, tmp_path):
+    """Half a line of a killed run, or whatever an editor has left."""
+    shutil.copytree(usual, tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "ab") as file:
+        file.write(b'[1]\n{"a": 1}\n{"stage": 5}\n\xff\n{"sta')
+    assert main_in_this_process(*BRIEF, "--out", tmp_path / "run")[0] == 0
+    ours, theirs = read_jsonl(tmp_path / "run" / "log.jsonl"), read_jsonl(usual / "log.jsonl")
+    assert sorted(map(str, ours)) == sorted(map(str, theirs))
+
+
+def test_the_slower_of_two_runs_in_one_folder_takes_what_is_there(tmp_path):
+    """The faster one has finished the same stage and cleared the other's unfinished work away."""
+
+    def overtaken(unfinished):
+        (tmp_path / "x.jsonl").write_text("the faster one's")
+        shutil.rmtree(unfinished.parent)
+        unfinished.write_text("too late")
+
+    write_beside(tmp_path / "x.jsonl", overtaken)
+    assert (tmp_path / "x.jsonl").read_text() == "the faster one's"
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -129,7 +209,7 @@ def test_any_command_line_ends_in_success_or_in_one_sentence(tmp_path, monkeypat
     monkeypatch.setenv("DPO_ST_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     sums = write_problems(tmp_path / "sums", [SUM])
-    new = write_problems(tmp_path / "new", [Problem("How many are 1 + 2?", 3.0)])
+    new = write_problems(tmp_path / "new", [NEW])
     names = write_problems(tmp_path / "names", [NAMES])
     (tmp_path / "broken").write_text("{\n")
     files = [sums, new, names, "broken", "missing", ".", "", f"a={new}", f"a=b={new}", "a=", "=a"]

@@ -687,6 +687,13 @@ def put(name: str, fields: dict):
     return lambda folder: (folder / name).write_text(json.dumps(fields))
 
 
+def spoil_first_weight(folder) -> None:
+    """One NaN: every answer would be empty."""
+    tensors = torch.load(folder / BIN, weights_only=True)
+    next(iter(tensors.values())).view(-1)[0] = math.nan
+    torch.save(tensors, folder / BIN)
+
+
 FAILURES = {
     # name: (how to spoil the folder, what the sentence must name)
     "missing tensor": (spoil_tensors(lambda t: t.pop(WO)), WO),
@@ -759,6 +766,16 @@ FAILURES = {
     "a new token, as of release 4.34": (
         put("tokenizer_config.json", {"added_tokens_decoder": {"64": {"content": "{"}}}), "'{'"
     ),
+    "a new token, in one file with all": (
+        put("tokenizer.json", {"added_tokens": [{"content": "</s>"}, {"content": "{"}]}), "'{'"
+    ),
+    "a new special token": (
+        put("tokenizer_config.json", {"additional_special_tokens": ["<extra_id_0>", "<calc>"]}),
+        "<calc>",
+    ),
+    "tokens of another form": (put("tokenizer_config.json", {"added_tokens_decoder": [1]}), "tokenizer_config"),
+    "another end, in generation": (put("generation_config.json", {"eos_token_id": 5}), "eos_token_id"),
+    "weights that are no numbers": (spoil_first_weight, "NaN"),
     "another start": (spoil_config(decoder_start_token_id=1), "decoder_start_token_id"),
     "other padding": (spoil_config(pad_token_id=5), "pad_token_id"),
     "no depth": (spoil_config(num_layers=0, num_decoder_layers=0), ""),

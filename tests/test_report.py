@@ -162,7 +162,7 @@ def test_runs_of_other_kinds_are_refused(run_folder, tmp_path):
     other = tmp_path / "run-1"
     shutil.copytree(run_folder, other)
     both = [str(run_folder), str(other)]
-    change_config(other, decode_batch_size=7, device="cuda", weights="elsewhere")
+    change_config(other, seed=1, decode_batch_size=7, device="cuda", weights="elsewhere")
     report.main(both)
     for flag, value in (("bf16", True), ("beta", 7.0), ("base_weights", "others")):
         before = json.loads((other / "config.json").read_text())[flag]
@@ -196,6 +196,21 @@ def test_what_is_no_run_yet_is_left_out(run_folder, capsys):
     with pytest.raises(SystemExit, match="nothing to report"):
         report.main([str(run_folder)])
     assert "no evaluation yet" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_run_is_no_second_seed(run_folder):
+    """It would narrow every interval."""
+    shutil.copytree(run_folder, run_folder.parent / "copy")
+    with pytest.raises(SystemExit, match="one seed"):
+        report.main([str(run_folder), str(run_folder.parent / "copy")])
+
+
+def test_a_killed_runs_log_is_read_up_to_its_last_whole_line(run_folder, capsys):
+    """Tables come from folders finished or not."""
+    with open(run_folder / "log.jsonl", "a") as file:
+        file.write('{"stage": "dpo-st/rou')
+    report.main([str(run_folder)])
+    assert "| warm-up | 25.0 " in capsys.readouterr().out
 
 
 def test_pictures_are_drawn_or_it_is_said_what_they_need(run_folder, monkeypatch, capsys):

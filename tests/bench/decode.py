@@ -2,7 +2,7 @@
 
     python -m tests.bench.decode [--quick] [--cases 1 2 ...] [--repeats N] [--threads N]
     python -m tests.bench.decode --vocabulary DIR --questions gsm8k/test.jsonl --checkpoint DIR
-    python -m tests.bench.decode --figure FILE.svg      # speed as batches and rationales grow
+    python -m tests.bench.decode --figure FILE.svg      # cost as the work grows
     python -m tests.bench.decode --device cuda --sizes base large --batches 32 96      # case 9
 
     1, 2   `small` shape, batches of 32 and of 1, equal lengths, no calculator
@@ -363,6 +363,20 @@ def measure_memory(folder: Path, questions: list[str], n_tokens: int) -> str:
     )
 
 
+def evaluate_tiny(repeats: int) -> None:
+    """Seconds of CPU for greedy answers of data/tiny to more and more problems, 256 at a time."""
+    model, tokenizer = load_flan_t5(TINY), Tokenizer(TINY)
+    questions = [problem.question for problem in make_problems(3000, seed=0)]
+    for n in (300, 1000, 3000):
+        spent = []
+        for _ in range(repeats):
+            began = time.process_time()
+            generate(model, tokenizer, questions[:n], max_new_tokens=150, batch_size=256)
+            spent.append(time.process_time() - began)
+        seconds = statistics.median(spent)
+        print(f"| tiny, {n} problems: {seconds:.1f} s, {n / seconds:.0f} a second | | | | | | |")
+
+
 def draw(bench: Bench, questions: list[str], n_tokens: int, path: Path) -> None:
     """Speed over batch size, and over the length of a batch of 32; one turn each."""
     from matplotlib import pyplot
@@ -424,6 +438,7 @@ def measure(args: argparse.Namespace, problems: list[Problem], scratch: Path) ->
     n_tokens = 32 if args.quick else 128
     sampling = {"max_new_tokens": n_tokens, "temperature": 0.7, "top_k": TOP_K}
     if args.figure:
+        evaluate_tiny(args.repeats)
         draw(small, questions, n_tokens, args.figure)
         return
     for case in args.cases or ([9] if args.device == "cuda" else range(1, 9)):

@@ -170,7 +170,7 @@ def look_at_neighbours(model: T5) -> None:
 
 def make_model(tokenizer: Tokenizer) -> T5:
     """The model before its training."""
-    config = replace(SIZES["tiny"], vocab_size=tokenizer.vocab_size, dropout=0.0)
+    config = replace(SIZES["tiny"], vocab_size=tokenizer.vocab_size)
     torch.manual_seed(SEED)
     model = T5(config)
     start_at_random(model)

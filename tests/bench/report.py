@@ -10,6 +10,7 @@ matplotlib is installed.
 
 import argparse
 import itertools
+import json
 import math
 import re
 import statistics
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import run
 from calculator import calculate
-from data.folder import MAY_CHANGE, read_config
+from data.folder import MAY_CHANGE, read_run_config
 from data.problems import Problem, read_jsonl
 from selftrain import accuracies, extract_answer, jaccard, make_pseudo_labels, pass_at_k
 from tokenizer import Tokenizer, format_rationale
@@ -83,7 +84,7 @@ def wilson(n_right: int, n: int) -> tuple[float, float]:
 
 def config_of(folder: Path) -> argparse.Namespace:
     """The flags of a run. Raises FileNotFoundError where there is none."""
-    return argparse.Namespace(**read_config(folder / "config.json"))
+    return argparse.Namespace(**read_run_config(folder / "config.json"))
 
 
 def is_generated(config: argparse.Namespace) -> bool:
@@ -479,11 +480,22 @@ def save_figures(figures: dict, out: Path) -> None:
     print(f"\nPictures in {out}: {', '.join(figures)}")
 
 
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log, but for one that a killed run has left half written."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
 def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
     """Write all pictures that these runs have."""
     if not add_plain_style():
         return
-    logs = [read_jsonl(folder / "log.jsonl") for folder in folders]
+    logs = [read_log(folder / "log.jsonl") for folder in folders]
     figures = {
         "accuracy-per-round": draw_rounds(runs, [(first_test(runs), "", "-")]),  # figure 5
         "dpo-curves": draw_dpo_curves(logs),
@@ -530,9 +542,15 @@ def main(argv: list[str] | None = None) -> None:
     kinds = [kind_of(config_of(folder)) for folder in folders]
     if any(kind != kinds[0] for kind in kinds):
         sys.exit("report: these runs differ in more than the seed: give runs of one kind")
-    runs = [measure(folder) for folder in folders]
-    print_tables(runs)
-    draw(folders, runs, args.out or folders[0] / "figures")
+    seeds = {config_of(folder).seed for folder in folders}
+    if len(seeds) < len(folders):
+        sys.exit("report: two of these runs have one seed: give one run for each seed")
+    try:
+        runs = [measure(folder) for folder in folders]
+        print_tables(runs)
+        draw(folders, runs, args.out or folders[0] / "figures")
+    except (OSError, ValueError) as error:
+        sys.exit(f"report: {error}")
 
 
 if __name__ == "__main__":
