@@ -384,12 +384,12 @@ def test_labeled_problems_without_a_rationale_are_refused(tmp_path):
 
 
 def test_what_a_model_cannot_learn_to_write_is_counted_before_it_is_trained(tmp_path):
-    """A rationale longer than what is ever written has no end, an answer with a sign that the vocabulary lacks cannot be spelled: the
-    accuracy of 0 that follows would be a riddle."""
+    """A rationale longer than what is ever written has no end, and a sign that the vocabulary lacks is gone: the accuracy that
+    follows would be a riddle."""
     names = [
         ("Ana", "She is.\n#### Ana"),
         ("Ana", "She is. " * 20 + "\n#### Ana"),
-        ("Zoë", "She is.\n#### Zoë"),
+        ("Ana", "Zoë is not.\n#### Ana"),
     ]
     labeled = [
         Problem(f"Who is number {i}?", answer, rationale)
@@ -398,7 +398,8 @@ def test_what_a_model_cannot_learn_to_write_is_counted_before_it_is_trained(tmp_
     files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled)]
     files += ["--test", f"who={write_problems(tmp_path / 't.jsonl', [Problem('Who?', 'Ana')])}"]
     result = command(*files, *OWN, "--rounds", 0, "--out", tmp_path / "run")
-    assert "1 have rationales longer than 30 tokens, 1 have signs" in result.stdout, result.stderr
+    assert "1 are longer than 30 tokens and 1 have such signs" in result.stdout, result.stderr
+    assert "Of 4 questions 0 are cut at 200 tokens and 0 have signs" in result.stdout
 
 
 def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path):
