@@ -10,7 +10,9 @@ import run
 from calculator import calculate
 from data.problems import load_problems, write_jsonl
 from data.synthetic import FAMILIES, IN_DOMAIN, OUT_OF_DOMAIN, make_problems
+from decode import generate
 from model import load_flan_t5
+from selftrain import is_correct
 from tests.bench import make_tiny
 from tokenizer import UNKNOWN_ID, Tokenizer, format_rationale
 
@@ -184,3 +186,19 @@ def test_no_run_trains_or_tests_on_what_the_bundled_base_has_read(seed, read_by_
         questions = {problem.question for problem in problems}
         assert len(questions) == len(problems) and not questions & (seen | read_by_the_base)
         seen |= questions
+
+
+def test_the_base_answers_questions_of_one_step_and_chains_none():
+    """It stands for a model that has read and been taught single steps. If it solved longer problems there would be nothing to
+    learn from L; if it could not add, only the calculator would."""
+    model, tokenizer = load_flan_t5(TINY), Tokenizer(TINY)
+    for steps, low, high in ((1, 0.85, 1), (2, 0, 0.05), (3, 0, 0.05)):
+        asked = make_problems(70, "base", (steps,), families=tuple(FAMILIES))
+        written = generate(
+            model, tokenizer, [problem.question for problem in asked],
+            max_new_tokens=100, batch_size=70, calculator=False,
+        )  # fmt: skip
+        n_right = sum(
+            is_correct(samples[0].text, problem.answer) for samples, problem in zip(written, asked)
+        )
+        assert low <= n_right / len(asked) <= high, (steps, n_right)
