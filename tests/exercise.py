@@ -139,7 +139,7 @@ EXERCISES = [
         tests="tests/test_selftrain.py -k pass_at_k",
         hint="In how many ways can k samples be drawn so that all are wrong?",
         after="The paper's figure 6 from a run of your own: python run.py, then "
-        "python -m tests.bench.report runs/tiny-seed-42",
+        "python -m tests.bench.dpo_step runs/tiny-seed-42",
     ),
     Exercise(
         title="Algorithm 2 from Algorithm 1",
