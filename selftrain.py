@@ -436,6 +436,7 @@ def finish(path: Path, write: Callable[[Path], None]) -> None:
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # « and » are not in every encoding
+    torch.set_num_threads(1)  # two are slower at this size
     folder = Path(__file__).parent / "data" / "tiny"
     tokenizer = Tokenizer(folder)
     labeled = []
