@@ -8,7 +8,7 @@ five times two or three of them, of stories that have nothing to do with each ot
 turn. What it cannot do afterwards is chain steps, the subject of the paper. It has read all
 families of stories, as Flan-T5 has read the web, and no test question.
 
-    python -m tests.bench.make_tiny        # about 40 minutes on one CPU core
+    python -m tests.bench.make_tiny        # about 50 minutes on one CPU core
 """
 
 import io
