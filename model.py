@@ -95,6 +95,15 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
     return nn.Linear(n_in, n_out, bias=False)
 
 
+def embedding(n: int, width: int) -> nn.Embedding:
+    """A table of n vectors, drawn from N(0, 1) until a checkpoint replaces them.
+
+    nn.Embedding draws the same, but without memory (load_flan_t5) only after it has imported
+    torch's compiler: a second that whoever asks one question would wait for.
+    """
+    return nn.Embedding.from_pretrained(torch.randn(n, width), freeze=False)
+
+
 class Attention(nn.Module):
     """Multi-head attention.
 
@@ -189,7 +198,7 @@ class Stack(nn.Module):
     def __init__(self, config: T5Config, is_decoder: bool):
         super().__init__()
         self.bidirectional = not is_decoder
-        self.relative_bias = nn.Embedding(N_BUCKETS, config.n_heads)
+        self.relative_bias = embedding(N_BUCKETS, config.n_heads)
         blocks = [Block(config, layer, is_decoder) for layer in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = RMSNorm(config)
@@ -220,9 +229,7 @@ class T5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(
-            config.vocab_size, config.d_model
-        )  # both stacks' inputs, NOT the head
+        self.shared = embedding(config.vocab_size, config.d_model)  # of both stacks, NOT the head
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = linear(config.d_model, config.vocab_size)

@@ -78,7 +78,7 @@ EXERCISES = [
         tests="tests/test_decode.py -k 'forced or row_that_asked or bracket or tenant_inherits'",
         hint="A row's next id comes from its queue unless that is empty. Only pieces that the model "
         "chose can open or close a bracket.",
-        after="python -m tests.bench.decode --quick --cases 5: what does the calculator cost a step, "
+        after="python -m tests.bench.decode calculator --quick: what does the calculator cost a step, "
         "and what does re-reading every row cost?",
         time="2 hours",
     ),

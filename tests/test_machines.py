@@ -45,6 +45,13 @@ def usual(tmp_path_factory):
     return out
 
 
+def test_an_answer_waits_for_no_compiler():
+    """Whoever asks decode.py one question waits for its imports alone: torch's compiler would double them."""
+    question = "import sys, decode; decode.main(); assert 'torch._dynamo' not in sys.modules"
+    result = shell(f'{{python}} -c "{question}" "How many are 2 + 4?"')
+    assert result.returncode == 0, result.stderr
+
+
 # ------------------------------------------------------------------------------ standard streams
 
 

@@ -2,7 +2,6 @@
 
     python -m tests.bench.train [--quick] [--repeats N] [--threads N] [--size small]
     python -m tests.bench.train --vocabulary DIR --problems gsm8k/train.jsonl
-    python -m tests.bench.train --bf16                       # autocast on both sides
     python -m tests.bench.train --device cuda --size base    # bf16 autocast, batches of 96
     python -m tests.bench.train --memory small base large    # peak memory of SFT by size
     python -m tests.bench.train --scale                      # two processes against one
@@ -53,7 +52,8 @@ from sft import (
     start_processes,
     train_sft,
 )
-from tests.bench.decode import TINY, describe_machine, in_new_process, load_peer, resident, spread
+from tests.bench.decode import TINY, describe_machine, in_new_process, resident, spread
+from tests.bench.peers import load_peer
 from tokenizer import Tokenizer, format_rationale, pad_batch
 
 BETA = 0.1
@@ -72,7 +72,7 @@ def make_schedule(task: str, args: argparse.Namespace) -> Schedule:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         micro_batch_tokens=2**14 if on_gpu else config.micro_batch_tokens,
-        bf16=args.bf16 or on_gpu,
+        bf16=on_gpu,
         log_every=1,
         seed=config.seed,
     )
@@ -172,33 +172,30 @@ def train_once(n_threads: int, device: str, *arguments: object) -> tuple[float, 
 
 
 def compare(task: str, folder: Path, items: list, args: argparse.Namespace) -> None:
-    """Let the systems of a task take turns on the same items; print a row for each peer."""
-    numbers = make_schedule(task, args)
-    systems = {"ours": numbers, PEERS[task]: numbers}
-    if args.bf16 and args.device == "cpu":
-        systems["ours in fp32"] = replace(numbers, bf16=False)
-    processes = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in systems}
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    """Let ours and the peer take turns on the same items; print a row."""
+    schedule = make_schedule(task, args)
+    peer = PEERS[task]
+    processes = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in ("ours", peer)}
+    seconds: dict[str, list[float]] = {name: [] for name in processes}
     losses: dict[str, list[float]] = {}
     memory: dict[str, int] = {}
     for _ in range(args.repeats):
-        for name, schedule in systems.items():
+        for name, process in processes.items():
             arguments = (args.threads, args.device, name, folder, items, schedule)
-            result = processes[name].submit(train_once, *arguments).result()
+            result = process.submit(train_once, *arguments).result()
             seconds[name].append(result[0])
             losses[name] = result[1]
             memory[name] = result[2]
     for process in processes.values():
         process.shutdown()
     speeds = {name: len(items) / statistics.median(spent) for name, spent in seconds.items()}
-    for peer in list(systems)[1:]:
-        pairs = zip(losses["ours"], losses[peer], strict=True)
-        difference = max(abs(our - their) for our, their in pairs)
-        cells = [task, f"{speeds['ours']:.2f}", peer, f"{speeds[peer]:.2f}"]
-        cells += [spread(seconds["ours"], seconds[peer])]
-        cells += [f"{memory['ours'] / 2**20:,.0f} of {memory[peer] / 2**20:,.0f} MiB"]
-        cells += [f"{difference:.1e}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+    pairs = zip(losses["ours"], losses[peer], strict=True)
+    difference = max(abs(our - their) for our, their in pairs)
+    cells = [task, f"{speeds['ours']:.2f}", peer, f"{speeds[peer]:.2f}"]
+    cells += [spread(seconds["ours"], seconds[peer])]
+    cells += [f"{memory['ours'] / 2**20:,.0f} of {memory[peer] / 2**20:,.0f} MiB"]
+    cells += [f"{difference:.1e}"]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 # ------------------------------------------------------------------- memory by size, two processes
@@ -267,7 +264,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns (3)")
     parser.add_argument("--threads", type=int, default=1, help="of every system (1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="autocast, and beside our own fp32")
     parser.add_argument("--memory", nargs="+", choices=SIZES, help="only SFT's memory by size")
     parser.add_argument("--scale", action="store_true", help="only two processes against one")
     args = parser.parse_args()
@@ -288,9 +284,7 @@ def main() -> None:
         print("| size | 16 bytes per parameter | peak |\n|---|---|---|")
         for size in args.memory:
             n_parameters, peak = in_new_process(measure_memory, size, examples[:24], args)
-            print(
-                f"| {size} | {16 * n_parameters / 1e9:.1f} GB | {peak / 1e9:.1f} GB |", flush=True
-            )
+            print(f"| {size} | {16 * n_parameters / 1e9:.1f} | {peak / 1e9:.1f} GB |", flush=True)
         return
     pairs = []
     # Three pairs a question, as in a run; the rejected rationale is that of another question.
