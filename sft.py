@@ -205,8 +205,7 @@ def train_sft(
     return train(model, examples, n_steps, sft_loss, schedule, name, log)
 
 
-# ---------------------------------------------------------------------- several processes
-# (torchrun)
+# ------------------------------------------------------------- several processes (torchrun)
 #
 # Every process goes through the whole program. They share the examples of a batch and the problems
 # of a sampling; process 0 alone changes files and prints.

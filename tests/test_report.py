@@ -12,7 +12,7 @@ from conftest import ROOT
 from data.folder import open_folder
 from data.problems import Problem, read_jsonl, write_jsonl
 from run import load_data, parse_args
-from tests.bench import dpo_step, report, tallest
+from tests.bench import dpo_step, report
 from tokenizer import format_rationale
 
 FLAGS = "--rounds 1 --n-labeled 4 --n-unlabeled 6 --n-test 8 --seed 0 --device cpu".split()
@@ -265,64 +265,3 @@ def test_the_same_run_gives_the_same_svg_to_the_byte(run_folder):
         drawn.append([path.read_bytes() for path in paths])
     assert len(drawn[0]) == len(PICTURES)
     assert drawn[0] == drawn[1]
-
-
-QUESTION = (
-    "Tom is taller than Ana. Ida is taller than Tom. Ben is shorter than Ida. Who is the tallest?"
-)
-STEPS = (
-    "Tom is taller than Ana, so Tom is the tallest.",
-    "Ida is taller than Tom, so Ida is the tallest.",
-    "Ida is taller than Ben, so Ida is the tallest.",
-)
-
-
-def name_row(**changes: object) -> dict:
-    """Four rationales, three with the right name, one of these by the right steps."""
-    row = {
-        "question": QUESTION,
-        "answer": "Ida",
-        "rationales": [
-            " ".join([*STEPS, "#### Ida"]),
-            " ".join([*STEPS[1:], "#### Ida"]),  # where one is skipped, the name is luck
-            " ".join([*STEPS[::-1], "#### Ida"]),
-            " ".join([*STEPS, "#### Tom"]),
-        ],
-        "correct": [True, True, True, False],
-        "finished": [True, True, True, False],
-    }
-    return row | changes
-
-
-def test_right_names_by_wrong_steps_are_told_apart(tmp_path, capsys):
-    """A filter that sees the answer only keeps both. A run in which no name is right is no error,
-    nor is one that is not finished."""
-    samples = "st/round-1/samples-for-labels.jsonl"
-    wrong = [" ".join([*STEPS, "#### Tom"])]
-    write(tmp_path / "a" / samples, [name_row()])
-    write(
-        tmp_path / "b" / samples,
-        [name_row(rationales=wrong, correct=[False], finished=[False])],
-    )
-    write(tmp_path / "b" / "warm-up" / "evaluation.jsonl", [name_row()])
-    tallest.compare([tmp_path / "a", tmp_path / "b"])
-    assert capsys.readouterr().out.splitlines() == [
-        "warm-up/evaluation.jsonl",
-        "  cut at the limit: 25.0 %",
-        "  right name, of those that end: 100.0 %",
-        "  right steps, of those with the right name: 33.3 %",
-        samples,
-        "  cut at the limit: 62.5 % (25.0, 100.0)",
-        "  right name, of those that end: 100.0 % (100.0, none)",
-        "  right steps, of those with the right name: 33.3 % (33.3, none)",
-    ]
-
-
-def test_the_names_of_other_problems_are_not_compared(tmp_path):
-    """All of their rationales would count as wrong."""
-    other = name_row(question="How many are 2 + 3?", answer=5.0)
-    write(tmp_path / "a" / "warm-up" / "evaluation.jsonl", [other])
-    with pytest.raises(ValueError, match="is of other problems: 'How many are"):
-        tallest.compare([tmp_path / "a"])
-    with pytest.raises(ValueError, match="nothing has neither samples nor an evaluation"):
-        tallest.compare([tmp_path / "nothing"])
