@@ -129,11 +129,11 @@ def make_pseudo_labels(
     max_similarity: float = MAX_SIMILARITY,
     percentile: float = PERCENTILE,
 ) -> list[Problem]:
-    """Turn correct rationales into training problems; samples[i] are those of problems[i].
+    """S_a: correct rationales as training problems; samples[i] are those of problems[i].
 
-    The gold rationale, where there is one, comes first, so the result is L + S_a where U and L
-    share questions. The number kept per question is capped at a percentile of that number over the
-    questions that have any. Source: section 3.1; the cap and gold: authors' code, make_rft_data.py.
+    The gold rationale, where there is one, is kept before any sample, and left out at the end: L
+    has it. The number kept per question is capped at a percentile of that number over the questions
+    that have any. Source: section 3.1; the cap and gold: authors' code, make_rft_data.py.
     DIFFERS: the authors format these texts a second time, so that theirs end in `#### 24.`.
     """
     kept = []
@@ -148,7 +148,8 @@ def make_pseudo_labels(
     labels = []
     for problem, rationales in zip(problems, kept):
         for rationale in rationales[:most]:
-            labels.append(replace(problem, rationale=rationale))
+            if rationale != problem.rationale:
+                labels.append(replace(problem, rationale=rationale))
     return labels
 
 
@@ -173,14 +174,14 @@ def self_train(
     labeled is L, with formatted rationales. unlabeled is U: its questions and answers are used, not
     its rationales. config: the flags of run.py. stages: does the work.
     """
-    # U's own rationales are not used: gold is what L has for the same problem, if it has any.
+    # In the paper U is L without its rationales. Here U may have other questions; gold is what L
+    # has for the same question and answer, never what U itself has.
     same_question: dict[str, list[Problem]] = {}
     for problem in labeled:
         same_question.setdefault(problem.question, []).append(problem)
     unlabeled = [
         with_gold(problem, same_question.get(problem.question, [])) for problem in unlabeled
     ]
-    known = set(labeled)
     # Samples of all rounds so far, question by question (authors' code).
     drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # by f'
     drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]  # by f' (ST) or f_d (DPO-ST)
@@ -202,8 +203,7 @@ def self_train(
         new = stages.sample(f"{here}/samples-for-labels.jsonl", sampler, unlabeled, n_samples)
         drawn_for_labels = add_samples(drawn_for_labels, new)
         labels = stages.pseudo_labels(f"{here}/pseudo-labels.jsonl", unlabeled, drawn_for_labels)
-        added = [problem for problem in labels if problem not in known]
-        model = stages.sft(f"{here}/sft", [*labeled, *added])
+        model = stages.sft(f"{here}/sft", [*labeled, *labels])
         stages.evaluate(f"{here}/evaluation.jsonl", model, tests)
     return model
 
@@ -279,7 +279,7 @@ class Stages:
     def sample(
         self, name: str, model: Path, problems: Sequence[Problem], n_samples: int
     ) -> list[list[str]]:
-        """Draw n_samples rationales per problem, other ones in every stage."""
+        """Draw n_samples rationales per problem, different ones in every stage."""
         c = self.config
         path = self.folder / name
         if not finished(path):
@@ -319,7 +319,7 @@ class Stages:
     def pseudo_labels(
         self, name: str, problems: Sequence[Problem], samples: Samples
     ) -> list[Problem]:
-        """S_a, from all samples drawn for it so far, and the gold rationales among them."""
+        """S_a, from all samples drawn for it so far."""
         c = self.config
         labels = make_pseudo_labels(
             problems, samples, self.tokenizer, c.max_similarity, c.percentile

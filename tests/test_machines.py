@@ -121,14 +121,15 @@ def test_a_runs_folder_given_as_a_model_is_named(usual):
 )
 def test_a_rationale_that_would_be_learned_and_counted_wrong_is_refused(rationale, tmp_path):
     """The reader of a file is more lenient than the rule that grades what a model writes."""
-    code, said = main_in_this_process(
+    words = [
         *BRIEF, "--labeled", write_problems(tmp_path / "l", [replace(SUM, rationale=rationale)]),
-        "--test", f"t={write_problems(tmp_path / 't', [NEW])}", "--out", tmp_path / "run",
-    )  # fmt: skip
+        "--test", f"t={write_problems(tmp_path / 't', [NEW])}", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    code, said = main_in_this_process(*words)
     assert code == 0 or (code == 2 and "must end in '#### 6" in said)
     if code == 0:  # then it was respelled
-        rows = read_jsonl(tmp_path / "run/st/round-1/pseudo-labels.jsonl")
-        assert is_correct(rows[0]["rationale"], 6.0)
+        labeled, _, _ = run.load_data(run.parse_args(words))
+        assert is_correct(labeled[0].rationale, 6.0)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,9 @@ def literal_pseudo_labels(
 ) -> list[tuple[str, str]]:
     kept = [(p.question, literal_sides(p, row, pieces)[0]) for p, row in zip(problems, samples)]
     most = literal_percentile([len(row) for _, row in kept if row] or [0])
-    return [(question, rationale) for question, row in kept for rationale in row[:most]]
+    labels = [(question, rationale) for question, row in kept for rationale in row[:most]]
+    gold = [(p.question, p.rationale) for p in problems]
+    return [label for label in labels if label not in gold]  # which stands in L
 
 
 def check_against_the_rules(
@@ -164,9 +166,6 @@ def check_against_the_rules(
     assert all(
         isinstance(label, Problem) and label.answer == answers[label.question] for label in labels
     )
-    assert {(p.question, p.rationale) for p in problems if p.rationale} <= {
-        (p.question, p.rationale) for p in labels
-    }
     seen["capped"] += len(labels) < sum(
         len(literal_sides(p, row, pieces)[0]) for p, row in zip(problems, samples)
     )
@@ -335,11 +334,12 @@ def test_similarity_counts_each_piece_once():
 
 
 def test_the_gold_rationale_outlives_its_copies():
-    """Whatever the model samples, the human rationale stands first, so that L is never diluted by paraphrases of itself."""
+    """Whatever the model samples, the human rationale comes first, so that L is never diluted by paraphrases of itself.
+    As a pseudo-label it is left out: L has it."""
     problem = Problem("q", 5.0, "one two three four five #### 5")
     copies = ["one two three four also #### 5", problem.rationale, "other words #### 5"]
     labels = make_pseudo_labels([problem], [copies], WORDS)
-    assert [label.rationale for label in labels] == [problem.rationale, "other words #### 5"]
+    assert [label.rationale for label in labels] == ["other words #### 5"]
     pairs = make_pairs(problem, [*copies, "no"], WORDS)
     assert {pair.chosen for pair in pairs} == {problem.rationale, "other words #### 5"}
 
@@ -372,7 +372,7 @@ def test_questions_without_both_sides_give_no_pair():
 
 def test_pseudo_labels_are_capped_at_the_ninetieth_percentile():
     """Nine questions with one rationale and one with nine: the percentile is 1.8, cut to 1. Easy questions would else
-    crowd out the rest. Questions that nothing solved are not counted: with them, the cap could fall to 0 and take L along."""
+    crowd out the rest. Questions that nothing solved are not counted: with them, the cap could fall to 0."""
     problems = [Problem(f"q{i}", 5.0) for i in range(10)]
     samples = [["only #### 5"]] * 9 + [[f"a{i} b{i} c{i} #### 5" for i in range(9)]]
     assert [label.question for label in make_pseudo_labels(problems, samples, WORDS)] == [
@@ -390,15 +390,15 @@ def test_pseudo_labels_are_capped_at_the_ninetieth_percentile():
     assert make_pseudo_labels(problems, [[]] * 10, WORDS) == []
 
 
-def test_where_few_questions_are_solved_the_cap_leaves_nothing_but_gold():
+def test_where_few_questions_are_solved_the_cap_leaves_nothing():
     """The authors' rule, and a trap: with gold rationales at hand, a model that solves fewer than one question in ten adds no
     pseudo-label at all, and every round's SFT is the warm-up again. Seen on a small checkpoint; README says how it looks."""
     problems = [Problem(f"q{i}", 5.0, "gold #### 5") for i in range(100)]
-    for solved, found in ((9, 100), (20, 120)):
+    for solved, found in ((9, 0), (20, 20)):
         samples = [["another way #### 5"]] * solved + [["wrong #### 6"]] * (100 - solved)
         assert len(make_pseudo_labels(problems, samples, WORDS)) == found
     samples = [["another way #### 5"]] * 9 + [["wrong #### 6"]] * 91
-    assert len(make_pseudo_labels(problems, samples, WORDS, percentile=100)) == 109
+    assert len(make_pseudo_labels(problems, samples, WORDS, percentile=100)) == 9
 
 
 def random_world(rng) -> tuple[list[Problem], list[list[str]]]:
@@ -585,9 +585,7 @@ def test_dpo_and_sft_are_given_all_that_was_made_for_them():
     warm_up, *later = notebook.of("sft")
     assert warm_up == L
     for given, (problems, samples) in zip(later, notebook.of("pseudo-labels"), strict=True):
-        assert Counter(given) == Counter(
-            make_pseudo_labels(problems, samples, WORDS)
-        )  # which contain L: here U is L
+        assert Counter(given) == Counter([*L, *make_pseudo_labels(problems, samples, WORDS)])
     for given, (problems, samples) in zip(notebook.of("dpo"), notebook.of("pairs"), strict=True):
         assert given == pairs_of(problems, samples) and given
     assert notebook.of("evaluate") == [{"test": U}] * 3
@@ -738,7 +736,7 @@ def test_a_whole_round_of_both_methods_on_ten_sums(base, tmp_path):
     )
     assert not same_bytes(warm_up, weights(base)) and not same_bytes(after_dpo, warm_up)
     labels = shelf.rows("dpo-st/round-1/pseudo-labels")
-    assert {p.rationale for p in SUMS[:6]} <= {row["rationale"] for row in labels}
+    assert not {p.rationale for p in SUMS[:6]} & {row["rationale"] for row in labels}
     pairs = shelf.rows("dpo-st/round-1/preference-pairs")
     assert pairs and all(set(row) == {"question", "chosen", "rejected"} for row in pairs)
     for stage in {log["stage"] for log in shelf.logs if str(log["stage"]).endswith("sft")}:
