@@ -3,7 +3,7 @@
 Source: paper, section 3.2. Left out on purpose: names, powers, functions. Neither `eval` nor a time
 limit is needed, because the grammar itself is bounded in length, depth and size.
 
-    python calculator.py "48 / 2"        # without an expression: five, three of which it refuses
+    python calculator.py "48 / 2"        # without an expression: five examples
 """
 
 import re

@@ -123,17 +123,16 @@ class RowState:
 class KVCache:
     """The keys and values of every decoder layer, for a batch of B slots.
 
-    Slot b has written lengths[b] tokens (START_ID counts, the newest does not yet); their keys
-    stand in columns 0 to lengths[b] - 1, and the next ones go to column lengths[b]. To give a slot
-    to a new rationale its length is set to 0: the old columns are masked, and overwritten one by
-    one. So slots need not start together, nor end together.
+    The decoder has read lengths[b] tokens in slot b, START_ID among them; their keys stand in
+    columns 0 to lengths[b] - 1, and the next ones go to column lengths[b]. To give a slot to a new
+    rationale its length is set to 0: the old columns are masked, and overwritten one by one. So
+    slots need not start together, nor end together.
 
         columns             0 1 2 3 4 5 6
         slot 0, length 5    k k k k k . .    the next keys go to column 5
         slot 1, length 2    k k x x x x .    a new tenant; x: the old one's, masked
 
-    Held: 2 * n_layers * B * H * K * (max_new_tokens + source_length) numbers. Source: our own;
-    slots of their own length are what serving engines have, too.
+    Held: 2 * n_layers * B * H * K * (max_new_tokens + source_length) numbers. Source: our own.
     """
 
     def __init__(self, model: T5, n_slots: int, max_new_tokens: int, source_length: int):
@@ -185,6 +184,7 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write this step's keys and values (B, H, 1, K); return the layer's (B, H, T, K)."""
+        # Indices on both sides of a slice put their own dimension first: (B, H, K).
         self.own[layer, 0, self.slots, :, self.now] = keys[:, :, 0]
         self.own[layer, 1, self.slots, :, self.now] = values[:, :, 0]
         return self.own[layer, :, :, :, : self.window].unbind(0)
@@ -258,7 +258,8 @@ def generate(
     waiting = deque((i, number) for i in order for number in range(n_samples))
     if not waiting:
         return results
-    bar = tqdm(total=len(waiting), desc=title, unit="rationale", disable=None if title else True)
+    quiet = None if title else True  # None: a bar on a terminal, nothing in a file
+    bar = tqdm(total=len(waiting), desc=title, unit="rationale", disable=quiet)
     rows: list = [None] * min(batch_size, len(waiting))  # who writes in each slot
     cache = KVCache(model, len(rows), max_new_tokens, len(states[order[0]]))
     step = record_step(model, cache) if on_gpu else model.step
@@ -339,7 +340,7 @@ def main() -> None:
         question = question.encode("utf-8", "replace").decode()  # bytes that are no text: ?
         ids = tokenizer.encode(question)
         if len(ids) > MAX_QUESTION or UNKNOWN_ID in ids:
-            print("decode.py: of this question the model cannot read all:", file=sys.stderr)
+            print("decode.py: too long, or unknown characters, in this question:", file=sys.stderr)
         [[sample]] = generate(model, tokenizer, [question])
         print(f"{question}\n  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}")
     if args.question:

@@ -96,11 +96,7 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
 
 
 def embedding(n: int, width: int) -> nn.Embedding:
-    """A table of n vectors, drawn from N(0, 1) until a checkpoint replaces them.
-
-    nn.Embedding draws the same, but without memory (load_flan_t5) only after it has imported
-    torch's compiler: a second that whoever asks one question would wait for.
-    """
+    """nn.Embedding(n, width), which on the meta device would first import torch's compiler: 1 s."""
     return nn.Embedding.from_pretrained(torch.randn(n, width), freeze=False)
 
 
@@ -156,7 +152,8 @@ class GatedFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), in the decoder again to the source; x + feed_forward(norm(x))."""
+    """x + self_attention(norm(x)); in the decoder then x + cross_attention(norm(x), source); and
+    x + feed_forward(norm(x))."""
 
     def __init__(self, config: T5Config, layer: int, is_decoder: bool):
         super().__init__()
@@ -335,13 +332,14 @@ def read_config(folder: str | Path) -> T5Config:
     fields = read_fields(path)
     standard = STANDARD_FIELDS | {"num_decoder_layers": fields.get("num_layers")}
     for name, wanted in (REQUIRED_FIELDS | standard).items():
-        found = fields.get(name, standard.get(name))
-        if found != wanted:
+        found = fields.get(name)
+        left_out = name not in fields and name in standard
+        if found != wanted and not left_out:
             raise ValueError(f"{path}: {name} is {found!r}; a Flan-T5 has {wanted!r}")
     generation = Path(folder) / "generation_config.json"
-    fields_too = read_fields(generation) if generation.exists() else {}
+    generation_fields = read_fields(generation) if generation.exists() else {}
     for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
-        if fields_too.get(name, STANDARD_FIELDS[name]) != STANDARD_FIELDS[name]:
+        if generation_fields.get(name, STANDARD_FIELDS[name]) != STANDARD_FIELDS[name]:
             raise ValueError(f"{generation}: {name} is another one than a Flan-T5's")
     # Release 5 of the public library writes tie_word_embeddings true for every T5, and whether the
     # head is really tied, and its logits scaled, into a field of its own.

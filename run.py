@@ -96,11 +96,11 @@ def named_file(text: str) -> tuple[str, str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Every number of a run is a flag; in square brackets where its default comes from."""
+    """Every hyper-parameter is a flag; in square brackets where its default comes from."""
     tiny = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items())
     parser = argparse.ArgumentParser(
         usage="python run.py [--size SIZE] [flags]",
-        description="The defaults in round brackets are the paper's, for --size small to xxl. "
+        description="The defaults in round brackets are for --size small to xxl. "
         f"--size tiny, which is the default, has others: {tiny}.",
         allow_abbrev=False,
     )
@@ -277,7 +277,7 @@ def make_table(folder: Path, config: argparse.Namespace) -> str:
 def is_the_papers(config: argparse.Namespace) -> bool:
     """Whether all numbers of a run are the paper's, but for the seed and where it is computed."""
     defaults = parse_args(["--size", config.size])
-    ignored = MAY_CHANGE - {"rounds", "labeled", "weights"} | {"seed"}
+    ignored = (MAY_CHANGE - {"rounds", "labeled", "weights"}) | {"seed"}
     given = {name: value for name, value in vars(config).items() if name not in ignored}
     return given.items() <= vars(defaults).items()
 
@@ -297,7 +297,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun and schedulers stop us so
     torch.set_flush_denormal(True)  # barely trained models have denormal numbers, which are slow
     if config.size == "tiny":
-        torch.set_num_threads(1)  # two are slower at this size, and round otherwise
+        torch.set_num_threads(1)  # two are slower at this size, and round differently
     start_processes(config.device)
     rank, n_processes = rank_and_count()
     labeled, unlabeled, tests = load_data(config)

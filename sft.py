@@ -154,13 +154,14 @@ def train(
             f"{name}: there is nothing to train on; SFT needs labeled problems, DPO pairs"
         )
     rank, n_processes = rank_and_count()
-    torch.manual_seed(schedule.seed + rank)  # dropout is another one in every process
+    torch.manual_seed(schedule.seed + rank)  # each process draws its own dropout
     model.train(dropout)  # False: evaluation mode
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=schedule.weight_decay, fused=True
     )
     batch_stream = batches(items, schedule.batch_size, schedule.seed)
-    for step in tqdm(range(n_steps), name, unit="step", disable=True if rank > 0 else None):
+    quiet = True if rank > 0 else None  # None: a bar on a terminal, nothing in a file
+    for step in tqdm(range(n_steps), name, unit="step", disable=quiet):
         batch = next(batch_stream)
         weight = sum(item.weight for item in batch)
         # 1. The gradient of this process's share of the batch, one micro-batch after the other.
