@@ -163,10 +163,13 @@ def about_samples(rows: list[dict], tokenizer: Tokenizer, k: int) -> dict[str, f
 
 
 def count_labels(rows: list[dict], tokenizer: Tokenizer, n_samples: int) -> int:
-    """How many pseudo-labels the first n_samples of each question give, gold rationales aside."""
+    """How many pseudo-labels the first n_samples of each question give, without gold and cap.
+
+    So the paper's figure 6 counts them; what is trained on is capped (selftrain.PERCENTILE).
+    """
     problems = [Problem(row["question"], row["answer"]) for row in rows]
     samples = [row["rationales"][:n_samples] for row in rows]
-    return len(make_pseudo_labels(problems, samples, tokenizer))
+    return len(make_pseudo_labels(problems, samples, tokenizer, percentile=100))
 
 
 def about_answers(rows: list[dict], solved_by: dict[str, list[str]]) -> dict[str, dict]:
