@@ -62,3 +62,25 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip("needs ../shared, the folder of real data beside this repository")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def datasets() -> Path:
+    """The public datasets, where `python -m data.sources SIZE` has put them, or in ../shared."""
+    from data.sources import cache_folder
+
+    for folder in (cache_folder(None) / "datasets", SHARED / "data"):
+        if (folder / "gsm8k" / "train.jsonl").exists():
+            return folder
+    pytest.skip("needs the public datasets: python -m data.sources small")
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Path:
+    """The folder of Flan-T5's spiece.model; all sizes have the same."""
+    from data.sources import cache_folder
+
+    for folder in (*cache_folder(None).glob("flan-t5-*"), SHARED / "flan-t5"):
+        if (folder / "spiece.model").exists():
+            return folder
+    pytest.skip("needs Flan-T5's vocabulary: python -m data.sources small")

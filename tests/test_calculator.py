@@ -155,12 +155,12 @@ def test_python_agrees_on_thousands_of_expressions():
     )  # the generator reaches division by zero and is mostly within bounds
 
 
-def test_gsm8k_annotations_evaluate_and_print_as_annotated(shared):
+def test_gsm8k_annotations_evaluate_and_print_as_annotated(datasets):
     """People wrote these 21,000 annotations; the calculator has to agree where they are exact, or it spoils gold steps.
 
     Measured: few do not evaluate (letters, mixed fractions), 3 % print otherwise (.5, 0.3333, currency, slips).
     """
-    lines = (shared / "data/gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (datasets / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
     found = [
         pair
         for line in lines

@@ -442,20 +442,18 @@ def test_pairs_and_pseudo_labels_follow_the_rules_on_random_samples():
     )
 
 
-def test_pairs_and_pseudo_labels_follow_the_rules_on_real_rationales(shared):
+def test_pairs_and_pseudo_labels_follow_the_rules_on_real_rationales(datasets, vocabulary):
     """The same with 500 of GSM8K's questions, T5's vocabulary, and eight rationales each: paraphrases of the gold one, wrong ends,
     other solutions."""
     rng, pieces_of = np.random.default_rng(0), {}
-    processor = sentencepiece.SentencePieceProcessor(
-        model_file=str(shared / "flan-t5" / "spiece.model")
-    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary / "spiece.model"))
 
     def pieces(text: str) -> set[str]:
         if text not in pieces_of:
             pieces_of[text] = set(processor.encode(text, out_type=str))
         return pieces_of[text]
 
-    problems = load_problems(shared / "data" / "gsm8k" / "train.jsonl")[:500]
+    problems = load_problems(datasets / "gsm8k" / "train.jsonl")[:500]
     problems = [replace(p, rationale=format_rationale(p.rationale)) for p in problems]
     assert all(is_correct(problem.rationale, problem.answer) for problem in problems)
     samples = []
@@ -476,7 +474,7 @@ def test_pairs_and_pseudo_labels_follow_the_rules_on_real_rationales(shared):
             row.append(body if kind == 3 else f"{body}#### {end:g}")
         samples.append(row)
     problems = [replace(p, rationale=None) if rng.random() < 0.3 else p for p in problems]
-    seen = check_against_the_rules(problems, samples, Tokenizer(shared / "flan-t5"), pieces)
+    seen = check_against_the_rules(problems, samples, Tokenizer(vocabulary), pieces)
     assert min(seen[case] for case in ("no pair", "gold chosen", "a sample chosen")) > 10
     assert seen["the very same pairs"] >= 0.98 * len(problems)
 

@@ -15,8 +15,8 @@ EXAMPLE = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer(shared) -> Tokenizer:
-    return Tokenizer(shared / "flan-t5")
+def tokenizer(vocabulary) -> Tokenizer:
+    return Tokenizer(vocabulary)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def rows(path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def raw(shared) -> list[str]:
+def raw(datasets) -> list[str]:
     """GSM8K's 6,705 training answers as published."""
-    return [row["answer"] for row in rows(shared / "data/gsm8k/train.jsonl")]
+    return [row["answer"] for row in rows(datasets / "gsm8k/train.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,14 @@ def formatted(raw) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- ids
 
 
-def test_ids_equal_the_public_tokenizers_on_every_dataset(shared, tokenizer, public):
+def test_ids_equal_the_public_tokenizers_on_every_dataset(datasets, tokenizer, public):
     """Flan-T5 learned its embeddings under these ids; one shifted id per text would cost accuracy without an error."""
     texts = []
     for part in ("train", "dev", "test"):
-        for row in rows(shared / f"data/gsm8k/{part}.jsonl"):
+        for row in rows(datasets / f"gsm8k/{part}.jsonl"):
             texts += [row["question"], row["answer"], format_rationale(row["answer"])]
     for name in ("multiarith", "asdiv", "svamp"):
-        texts += [row["question"] for row in rows(shared / f"data/{name}/test.jsonl")]
+        texts += [row["question"] for row in rows(datasets / f"{name}/test.jsonl")]
     texts = list(dict.fromkeys(texts))
     expected = [encoding.ids for encoding in public.encode_batch(texts)]
     different = [text for text, ids in zip(texts, expected) if tokenizer.encode(text) != ids]
@@ -108,14 +108,14 @@ def test_a_batch_is_padded_on_the_right_with_a_mask():
     assert pad_batch([[5], [5, 6]], padding=-100)[0].tolist() == [[5, -100], [5, 6]]
 
 
-def test_a_missing_or_foreign_vocabulary_is_one_sentence(shared, tmp_path):
+def test_a_missing_or_foreign_vocabulary_is_one_sentence(vocabulary, tmp_path):
     """These reach the user's terminal; SentencePiece itself answers with a C++ trace or with other ids."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     with pytest.raises(FileNotFoundError, match="spiece.model") as missing:
         Tokenizer(folder)
     messages = [missing.value]
-    data = (shared / "flan-t5" / "spiece.model").read_bytes()
+    data = (vocabulary / "spiece.model").read_bytes()
     for broken in (b"", b"not a model", data[: len(data) // 2], bytes(1000)):
         (folder / "spiece.model").write_bytes(broken)
         with pytest.raises(ValueError, match="spiece.model") as refused:
