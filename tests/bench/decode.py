@@ -9,7 +9,8 @@
     samples     five samples a question, ours with the calculator, transformers in two ways
     calculator  what the calculator takes of a step
     memory      beside the formula of decode.KVCache
-    growth      cost as the work grows, drawn in --out DIR
+    growth      cost as the work grows, drawn in --out DIR; evaluation with --checkpoint DIR of a
+                tiny run
     gpu         bf16, with the calculator, with and without decode.record_step
 
 Rows are of the `small` shape in fp32 but for the last. Without files: the vocabulary of data/tiny
@@ -319,13 +320,13 @@ def measure_growth(small: Bench, problems: list[Problem], args: argparse.Namespa
             speeds[axis].append(compare(label, systems, 1, batch))
     if args.out:
         draw(axes, speeds, args.out)
-    model, tokenizer = load_flan_t5(TINY), Tokenizer(TINY)
+    model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
     questions = [problem.question for problem in make_problems(3000, seed=0)]
     for n in (300, 1000, 3000):
         began = time.process_time()
         generate(model, tokenizer, questions[:n], max_new_tokens=150, batch_size=256)
         spent = time.process_time() - began
-        print(f"| evaluation, tiny, {n} problems | {spent:.1f} s | {n / spent:.0f} a second | |")
+        print(f"| {n} problems of --size tiny | {spent:.1f} s of CPU, {n / spent:.0f} a second | |")
 
 
 def draw(axes: dict[str, list[int]], speeds: dict[str, list[list[float]]], out: Path) -> None:
@@ -338,9 +339,9 @@ def draw(axes: dict[str, list[int]], speeds: dict[str, list[list[float]]], out: 
     for panel, (axis, ticks) in zip(panels, axes.items()):
         panel.plot(ticks, speeds[axis], "o-", label=["this code", "transformers, re-reading"])
         panel.set(xscale="log", yscale="log", xlabel=axis, xticks=ticks, xticklabels=ticks)
+        panel.set(yticks=(50, 100, 200, 400), yticklabels=(50, 100, 200, 400))
         panel.xaxis.set_minor_formatter("")
-        panel.yaxis.set_major_formatter("{x:,.0f}")
-        panel.yaxis.set_minor_formatter("{x:,.0f}")
+        panel.yaxis.set_minor_formatter("")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("tokens per second")
     panels[0].legend(frameon=False)
@@ -387,6 +388,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base"], help="for gpu")
     parser.add_argument("--batches", nargs="+", type=int, default=[32, 96, 256], help="for gpu")
     parser.add_argument("--out", type=Path, help="folder for the picture of growth")
+    parser.add_argument("--checkpoint", type=Path, default=TINY, help="for growth: data/tiny")
     args = parser.parse_args()
     args.rows = args.rows or [name for name in ROWS if name != "gpu"]
     for name in args.rows:
