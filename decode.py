@@ -322,7 +322,7 @@ def main() -> None:
     tiny = Path(__file__).resolve().parent / "data" / "tiny"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question", nargs="*", help="without any: a demonstration")
-    parser.add_argument("--checkpoint", default=tiny, help="a folder (data/tiny)")
+    parser.add_argument("--checkpoint", default=tiny, help="a folder (data/tiny, untrained)")
     args = parser.parse_args()
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks ends nothing

@@ -90,7 +90,9 @@ def named_file(text: str) -> tuple[str, str]:
     """For argparse: NAME=FILE."""
     name, _, file = text.partition("=")
     taken = name == "stage" or name.endswith(" without calculator")  # by the log and the table
-    if not name or not file or taken or "|" in name or not name.isprintable():
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, not {text!a:.60}")
+    if taken or "|" in name or not name.isprintable():
         raise argparse.ArgumentTypeError(f"must be NAME=FILE, with another name than {text!a:.60}")
     return name, file
 
@@ -117,11 +119,13 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("the run")
     group.add_argument("--size", choices=SIZES, default="tiny", help="of the model (tiny)")
     methods = ("dpo-st", "st", "both")
-    group.add_argument("--method", choices=methods, default="dpo-st", help="Algorithm 2, 1, both")
+    group.add_argument(
+        "--method", choices=methods, default="dpo-st", help="Algorithm 2, 1, both (dpo-st)"
+    )
     number("--rounds", whole, 3, "of self-training [appendix A]")
     number("--seed", whole, 42, "of data, dropout and samples [authors' code]")
     number("--limit", whole, 0, "use the first N problems of every set; 0: all")
-    group.add_argument("--out", default="", help="folder (runs/SIZE-seed-SEED)")
+    group.add_argument("--out", default="", help="folder (runs/[own-]SIZE-seed-SEED)")
     group.add_argument(
         "--weights", default="", help="your own checkpoint; --size sets the defaults"
     )
@@ -349,7 +353,7 @@ def explain(error: BaseException) -> str | None:
     if out_of_memory or "DefaultCPUAllocator" in message:  # a CPU has no error of its own for this
         return (
             "memory is short: lower --micro-batch-tokens (training) or --decode-batch-size "
-            "(sampling); the same command continues"
+            "(sampling), and the run continues"
         )
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command continues"

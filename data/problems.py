@@ -204,6 +204,6 @@ def describe(
         unknown_rationales += unknown_id in ids
     return (
         f"Of {len(questions)} questions {cut} are cut at {max_question} tokens and {unknown} have "
-        f"signs that the vocabulary lacks; of {len(labeled)} labeled rationales {long} are longer "
-        f"than {max_rationale} tokens and {unknown_rationales} have such signs"
+        f"characters that the vocabulary lacks; of {len(labeled)} labeled rationales {long} are "
+        f"longer than {max_rationale} tokens and {unknown_rationales} have such characters"
     )

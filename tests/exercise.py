@@ -244,7 +244,7 @@ def empty(source: str, target: str, number: int) -> str:
 
 def copy(folder: Path) -> None:
     """Copy the project, without runs and caches, to a folder that does not exist yet. Raises FileExistsError."""
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.partial")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "venv", "env", "*.partial")
     # copyfile: files that are read-only here are to be written there.
     shutil.copytree(ROOT, folder, ignore=ignored, copy_function=shutil.copyfile)
 
@@ -261,7 +261,9 @@ def prepare(number: int, folder: Path) -> Exercise:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.exercise",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "number", type=int, nargs="?", choices=range(1, len(EXERCISES) + 1), metavar="NUMBER"
