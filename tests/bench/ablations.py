@@ -1,8 +1,8 @@
-"""What each part of the method is worth at --size tiny: the paper's ablations, and two controls.
+"""What DPO is worth at --size tiny: two controls, and table 3, more samples for pseudo-labels.
 
     python -m tests.bench.ablations [--seeds 0 1 2] [--rounds 1] [--only NAME ...]
 
-Every variant is run.py with other flags, or with one function or class exchanged below. Two run at
+Every variant is run.py with other flags, or with DPO exchanged for `likelihood` below. Two run at
 a time, in runs/ablations. The tables, one for each round, compare each with DPO-ST of the same seed
 in runs/tiny-seed-SEED, which has to be there; the variants share its warm-up.
 """
@@ -19,10 +19,9 @@ from pathlib import Path
 import run
 import selftrain
 from data.folder import open_folder
-from data.problems import Problem, read_jsonl
+from data.problems import read_jsonl
 from dpo import PairExample
 from model import T5
-from selftrain import Stages
 from sft import Example, Schedule, sft_loss, train
 from tests.bench.report import config_of, interval, measure, spread
 
@@ -31,25 +30,7 @@ FLAGS = {  # of run.py, by variant
     "ST with 8 samples": "--method st --st-samples 8",  # as many as DPO-ST draws, 5 and 3
     "5 samples for labels": "--sft-samples 5",  # with the next: table 3
     "10 samples for labels": "--sft-samples 10",
-    "no calculator when sampling": "--no-calculator",
-    "beta 0.05": "--beta 0.05",
-    "beta 0.1": "--beta 0.1",
-    "no deduplication": "--max-similarity 1",
-    "SFT continued": "",
 }
-
-
-class Continued(Stages):
-    """SFT goes on from the last round's model, not from the original weights (section 3.1)."""
-
-    last: Path | None = None
-
-    def sft(self, name: str, problems: Sequence[Problem]) -> Path:
-        original = self.base
-        self.base = self.last or original
-        self.last = super().sft(name, problems)
-        self.base = original
-        return self.last
 
 
 def likelihood(
@@ -73,8 +54,6 @@ def run_variant(variant: str) -> None:
     """run.py in this process, with what the variant exchanges; it reads the rest of the command."""
     if variant == "winning rationales only":
         selftrain.train_dpo = likelihood
-    if variant == "SFT continued":
-        run.Stages = Continued
     run.open_folder = open_with_warm_up
     run.main()
 
