@@ -399,7 +399,7 @@ def test_what_a_model_cannot_learn_to_write_is_counted_before_it_is_trained(tmp_
     files += ["--test", f"who={write_problems(tmp_path / 't.jsonl', [Problem('Who?', 'Ana')])}"]
     result = command(*files, *OWN, "--rounds", 0, "--out", tmp_path / "run")
     assert "1 are longer than 30 tokens and 1 have such characters" in result.stdout, result.stderr
-    assert "Of 4 questions 0 are cut at 200 tokens and 0 have signs" in result.stdout
+    assert "Of 4 questions 0 are cut at 200 tokens and 0 have characters" in result.stdout
 
 
 def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path):
