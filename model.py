@@ -331,16 +331,16 @@ def read_config(folder: str | Path) -> T5Config:
     path = Path(folder) / "config.json"
     fields = read_fields(path)
     standard = STANDARD_FIELDS | {"num_decoder_layers": fields.get("num_layers")}
+    stated = standard | fields  # what a file leaves out is standard
     for name, wanted in (REQUIRED_FIELDS | standard).items():
-        found = fields.get(name)
-        left_out = name not in fields and name in standard
-        if found != wanted and not left_out:
-            raise ValueError(f"{path}: {name} is {found!r}; a Flan-T5 has {wanted!r}")
+        if stated.get(name) != wanted:
+            raise ValueError(f"{path}: {name} is {stated.get(name)!r}; a Flan-T5 has {wanted!r}")
     generation = Path(folder) / "generation_config.json"
-    generation_fields = read_fields(generation) if generation.exists() else {}
-    for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
-        if generation_fields.get(name, STANDARD_FIELDS[name]) != STANDARD_FIELDS[name]:
-            raise ValueError(f"{generation}: {name} is another one than a Flan-T5's")
+    if generation.exists():
+        stated = standard | read_fields(generation)
+        for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+            if stated[name] != standard[name]:
+                raise ValueError(f"{generation}: {name} is another one than a Flan-T5's")
     # Release 5 of the public library writes tie_word_embeddings true for every T5, and whether the
     # head is really tied, and its logits scaled, into a field of its own.
     scaled = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", True))

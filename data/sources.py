@@ -162,7 +162,8 @@ def host_of(variable: str, default: str) -> str:
 def not_fetched(url: str, path: Path, error: Exception) -> DownloadError:
     return DownloadError(
         f"{url} was not fetched into {path.parent} ({error}): without a network, copy what "
-        "`python -m data.sources` fetches elsewhere; without room, set DPO_ST_CACHE"
+        "`python -m data.sources` fetches elsewhere; without room, set DPO_ST_CACHE to another "
+        "folder; then run the same command again"
     )
 
 

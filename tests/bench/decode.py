@@ -54,7 +54,7 @@ from tests.bench.peers import (
     load_peer,
     scripted,
 )
-from tests.bench.report import add_plain_style, save_figures
+from tests.bench.report import BLUE, RED, add_plain_style, new_figure, save_figures
 from tokenizer import EOS_ID, MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
 
 TINY = Path(__file__).parents[2] / "data" / "tiny"
@@ -153,11 +153,11 @@ def in_new_process(function: Callable, *arguments: object):
         return process.submit(function, *arguments).result()
 
 
-# --------------------------------------------------------------------------------------- the rows
+# ---------------------------------------------------------------------------------------- the rows
 
 
 class Bench:
-    """One checkpoint in our hands and in transformers', and the cases measured on it."""
+    """One checkpoint in our hands and in transformers', to be measured side by side."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
         self.folder = folder
@@ -218,7 +218,7 @@ class Bench:
 def measure_equal(small: Bench, problems: list[Problem], args: argparse.Namespace) -> None:
     """Every rationale has as many tokens; nothing is finished early, nothing is calculated."""
     for batch in (32, 1):
-        asked = [problem.question for problem in problems[: max(2, batch)]]
+        asked = [problem.question for problem in problems[: max(2, batch)]]  # 1: two in turn
         systems = small.both(asked, batch, max_new_tokens=args.tokens, calculator=False)
         if batch == 32 and ctranslate2:
             write = load_ctranslate2(small.folder, small.tokenizer, args.threads)
@@ -333,11 +333,12 @@ def draw(axes: dict[str, list[int]], speeds: dict[str, list[list[float]]], out: 
     """Tokens per second over batch size and over length, both systems."""
     if not add_plain_style():
         return
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, panels = new_figure(9, 3.6, 2)
+    panels[1].sharey(panels[0])
+    names = {"this code": BLUE, "transformers, re-reading": RED}
     for panel, (axis, ticks) in zip(panels, axes.items()):
-        panel.plot(ticks, speeds[axis], "o-", label=["this code", "transformers, re-reading"])
+        for (name, color), speed in zip(names.items(), zip(*speeds[axis])):
+            panel.plot(ticks, speed, "o-", label=name, color=color)
         panel.set(xscale="log", yscale="log", xlabel=axis, xticks=ticks, xticklabels=ticks)
         panel.set(yticks=(50, 100, 200, 400), yticklabels=(50, 100, 200, 400))
         panel.xaxis.set_minor_formatter("")
