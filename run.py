@@ -44,7 +44,7 @@ from selftrain import (
     is_correct,
     self_train,
 )
-from sft import end_processes, from_process_0, rank_and_count, start_processes
+from sft import end_processes, exit_now, from_process_0, rank_and_count, start_processes
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, format_rationale
 
 HERE = Path(__file__).resolve().parent
@@ -370,8 +370,11 @@ if __name__ == "__main__":
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's may come while this one exits
         sentence = explain(error)
         if sentence is None:
             raise
         print(f"run.py: {sentence}", file=sys.stderr)
+        if rank_and_count()[1] > 1:
+            exit_now(2)
         sys.exit(2)

@@ -10,6 +10,7 @@ of several processes stands at the end of this file.
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -227,9 +228,17 @@ def start_processes(device: str) -> None:
 
 
 def end_processes() -> None:
-    """Part from the other processes."""
+    """Leave the process group and exit, if torchrun has started this process."""
     if rank_and_count()[1] > 1:
         dist.destroy_process_group()
+        exit_now(0)
+
+
+def exit_now(code: int) -> None:
+    """Exit at once: torch's threads sometimes abort a process that takes the usual way out."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def rank_and_count() -> tuple[int, int]:

@@ -43,6 +43,26 @@ def results(tmp_path_factory) -> dict[str, Path]:
     return {str(n): folder / str(n) for n in (1, 2, 4)}
 
 
+def test_nothing_at_exit_turns_success_into_failure(results):
+    """torchrun reports a failed run if a process aborts after its last line, as torch's own threads
+    sometimes make it do. The processes of `results` are made to abort at every ordinary exit."""
+    assert all((results[n] / "logs.json").exists() for n in ("2", "4"))
+
+
+def test_a_sigterm_during_exit_adds_no_second_message(tmp_path):
+    """torchrun sends one to every process when the first has failed, perhaps while they are exiting."""
+    script = (
+        "import atexit, os, runpy, signal, sys; "
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM); "
+        "sys.argv = ['run.py', '--weights', 'no/such/folder', '--out', sys.argv[1]]; "
+        "runpy.run_path('run.py', run_name='__main__')"
+    )
+    process = start(1, "-c", script, tmp_path / "run")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "no/such/folder" in output
+    assert len(output.splitlines()) == 1, output
+
+
 def curves(folder: Path, stage: str) -> dict[str, list[float]]:
     """Every number of a training's log, step by step."""
     logs = [
