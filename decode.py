@@ -259,7 +259,7 @@ def generate(
     if not waiting:
         return results
     quiet = None if title else True  # None: a bar on a terminal, nothing in a file
-    bar = tqdm(total=len(waiting), desc=title, unit="rationale", disable=quiet)
+    bar = tqdm(total=len(waiting), desc=title, unit="rationale", leave=False, disable=quiet)
     rows: list = [None] * min(batch_size, len(waiting))  # who writes in each slot
     cache = KVCache(model, len(rows), max_new_tokens, len(states[order[0]]))
     step = record_step(model, cache) if on_gpu else model.step

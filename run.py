@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data.folder import MAY_CHANGE, open_folder, write_text
 from data.problems import (
@@ -325,7 +326,8 @@ def main() -> None:
         words = []
         for key, value in record.items():
             words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
-        print("  ".join(words), flush=True)
+        tqdm.write("  ".join(words))  # print would write into an open progress bar
+        sys.stdout.flush()
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 

@@ -162,7 +162,7 @@ def train(
     )
     batch_stream = batches(items, schedule.batch_size, schedule.seed)
     quiet = True if rank > 0 else None  # None: a bar on a terminal, nothing in a file
-    for step in tqdm(range(n_steps), name, unit="step", disable=quiet):
+    for step in tqdm(range(n_steps), name, unit="step", leave=False, disable=quiet):
         batch = next(batch_stream)
         weight = sum(item.weight for item in batch)
         # 1. The gradient of this process's share of the batch, one micro-batch after the other.
