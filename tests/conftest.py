@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on the path, one quiet thread pool, and the places of real data where they exist."""
+"""Shared by all tests: the repository on the path, a single thread, and the folders of real data where they exist."""
 
 import os
 import signal
@@ -19,12 +19,12 @@ torch.set_flush_denormal(True)
 
 
 def hear_ctrl_c() -> None:
-    """For subprocess's preexec_fn: a shell's background jobs are deaf to Ctrl-C, and so would be what they start."""
+    """For subprocess's preexec_fn: a shell's background jobs ignore Ctrl-C, and so would their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def schedule(**changes):
-    """A sft.Schedule of the paper's numbers, with some changed; every batch in one part."""
+    """An sft.Schedule with the paper's numbers, some changed; every batch is one micro-batch."""
     from sft import Schedule
 
     numbers = dict(
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def slow(request) -> bool:
-    """Whether the long form of a test is wanted."""
+    """Whether to run the long form of a test."""
     return request.config.getoption("--slow")
 
 
@@ -60,13 +60,13 @@ def slow(request) -> bool:
 def shared() -> Path:
     """The folder of real data; tests that need it are skipped where it does not exist."""
     if not SHARED.exists():
-        pytest.skip("needs ../shared, the folder of real data beside this repository")
+        pytest.skip("needs ../shared, the folder of real data next to this repository")
     return SHARED
 
 
 @pytest.fixture(scope="session")
 def datasets() -> Path:
-    """The public datasets, where `python -m data.sources SIZE` has put them, or in ../shared."""
+    """The folder of public datasets that `python -m data.sources SIZE` fills, or ../shared."""
     from data.sources import cache_folder
 
     for folder in (cache_folder(None) / "datasets", SHARED / "data"):

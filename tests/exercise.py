@@ -1,7 +1,7 @@
-"""Exercises: a copy of this project in which one function is yours to write, and the tests that grade it.
+"""Exercises: a copy of this project in which you write one function, and the tests that grade it.
 
 python -m tests.exercise                 # the list
-python -m tests.exercise 7 ~/dpo         # exercise 7 in a new folder; nothing is changed here
+python -m tests.exercise 7 ~/dpo         # exercise 7 in a new folder; this project is not changed
 """
 
 import argparse
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Exercise:
-    """What to read, what is emptied (a file and its functions; `f:if` is the first branch in f), and which tests turn red."""
+    """What to read, what to write (a file and its functions; `f:if` is the first branch in f), and which tests grade it."""
 
     title: str
     read: str
@@ -36,18 +36,18 @@ EXERCISES = [
         file="model.py",
         empty=("relative_position_bucket",),
         tests="tests/test_model.py -k buckets",
-        hint="Half of the buckets are exact. At which distance does the logarithm reach the last?",
-        after="model.Stack.position_bias: one table for all blocks. What would a model with absolute "
-        "positions lose in decode.KVCache?",
+        hint="Half of the buckets are exact. At which distance does the logarithm reach the last one?",
+        after="model.Stack.position_bias: one table for all blocks. What would decode.KVCache lose "
+        "with absolute positions?",
     ),
     Exercise(
-        title="RMSNorm, and why no mean",
+        title="RMSNorm, and why it subtracts no mean",
         read="Zhang and Sennrich (2019); RMSNorm's docstring",
         file="model.py",
         empty=("RMSNorm.forward",),
         tests="tests/test_model.py -k norm",
         hint="Compute in fp32, whatever x is: x.float().pow(2).mean(-1, keepdim=True).",
-        after="Subtract the mean, too: which tests of tests/test_model.py turn red?",
+        after="Subtract the mean as well: which tests in tests/test_model.py fail?",
     ),
     Exercise(
         title="The key-value cache",
@@ -55,9 +55,9 @@ EXERCISES = [
         file="decode.py",
         empty=("KVCache.advance", "KVCache.append"),
         tests="tests/test_model.py -k 'cached or idle or without_work'",
-        hint="Slot b writes to column lengths[b]. How old is column t then, and whose is it?",
-        after="tests/naive.py, the decoder without a cache: how do both compare at 10, 50, 100 tokens? "
-        "T5 knows distances only: why could all slots share one clock and one row of bias?",
+        hint="Slot b writes to column lengths[b]. How old is column t then, and which rationale wrote it?",
+        after="tests/naive.py decodes without a cache: how do the two compare at 10, 50, 100 tokens? "
+        "T5 uses only distances: why could all slots share one clock and one row of bias?",
         time="2 hours",
     ),
     Exercise(
@@ -66,8 +66,8 @@ EXERCISES = [
         file="calculator.py",
         empty=("read_sum", "read_product", "read_factor"),
         tests="tests/test_calculator.py",
-        hint="Three functions, one for each line of the grammar; each takes its tokens from the left.",
-        after="Why not eval? Write the five worst expressions that a model could write, and try them.",
+        hint="Write one function for each line of the grammar; each consumes its tokens from the left.",
+        after="Why not eval? Try the five worst expressions that a model could write.",
         time="2 hours",
     ),
     Exercise(
@@ -78,8 +78,8 @@ EXERCISES = [
         tests="tests/test_decode.py -k 'forced or row_that_asked or bracket or tenant_inherits'",
         hint="A row's next id comes from its queue unless that is empty. Only pieces that the model "
         "chose can open or close a bracket.",
-        after="python -m tests.bench.decode calculator --quick: what does the calculator cost a step, "
-        "and what does re-reading every row cost?",
+        after="python -m tests.bench.decode calculator --quick: what does the calculator cost per "
+        "step, and what does re-reading every row cost?",
         time="2 hours",
     ),
     Exercise(
@@ -88,8 +88,8 @@ EXERCISES = [
         file="sft.py",
         empty=("token_logps",),
         tests="tests/test_sft.py -k 'loss or logps or eos or vocabulary'",
-        hint="shift_right has shifted the inputs already: position t predicts labels[t].",
-        after="test_the_vocabulary_meets_real_tokens_only: how large would the logits of padding be?",
+        hint="shift_right has already shifted the inputs: position t predicts labels[t].",
+        after="test_the_vocabulary_meets_real_tokens_only: how large would the logits for padding be?",
     ),
     Exercise(
         title="The DPO loss and its gradient",
@@ -98,8 +98,8 @@ EXERCISES = [
         empty=("dpo_loss",),
         tests="tests/test_dpo.py -k 'hand or equation or margins or raises_chosen'",
         hint="F.logsigmoid; log(sigmoid(x)) is -inf for x = -200.",
-        after="Derive the gradient on paper: with which weight does a pair count that is in the right "
-        "order already?",
+        after="Derive the gradient on paper: what is the weight of a pair that is already in the "
+        "right order?",
     ),
     Exercise(
         title="Log-probabilities of policy and reference",
@@ -107,7 +107,7 @@ EXERCISES = [
         file="dpo.py",
         empty=("sequence_logps", "pair_loss"),
         tests="tests/test_dpo.py -k 'logps or encoded_once or reference or log_two'",
-        hint="A sum, not a mean. And the reference is another model, which gets no gradient.",
+        hint="Use a sum, not a mean. The reference is a separate model and gets no gradient.",
         after="Use a mean instead: what does one wrong token then cost in a long rationale?",
         time="2 hours",
     ),
@@ -117,9 +117,9 @@ EXERCISES = [
         file="selftrain.py",
         empty=("jaccard", "deduplicate"),
         tests="tests/test_selftrain.py -k 'jaccard or similar or deduplication or copies'",
-        hint="Compare with every one kept, with none that was dropped.",
-        after="python run.py --max-similarity 0.5 --out runs/similar, and 1: how many pseudo-labels "
-        "does log.jsonl count?",
+        hint="Compare each rationale with all that were kept, not with those that were dropped.",
+        after="python run.py --max-similarity 0.5 --out runs/similar, then 1 in another folder: how "
+        "many pseudo-labels does each log.jsonl report?",
     ),
     Exercise(
         title="Preference pairs",
@@ -127,18 +127,18 @@ EXERCISES = [
         file="selftrain.py",
         empty=("make_pairs",),
         tests="tests/test_selftrain.py -k 'pair and not round'",
-        hint="Gold first among the winning ones. Rank all pairs, keep the least similar.",
-        after="Keep the MOST similar pairs instead, and compare the curves of DPO.",
+        hint="Put gold first among the winning rationales. Rank all pairs and keep the least similar.",
+        after="Keep the MOST similar pairs instead, and compare the DPO curves.",
         time="2 hours",
     ),
     Exercise(
-        title="pass@k without bias",
+        title="Unbiased pass@k",
         read="Chen et al. (2021), eq. 1",
         file="selftrain.py",
         empty=("pass_at_k",),
         tests="tests/test_selftrain.py -k pass_at_k",
         hint="In how many ways can k samples be drawn so that all are wrong?",
-        after="The paper's figure 6 from a run of your own: python run.py, then "
+        after="Reproduce the paper's figure 6 with your own run: python run.py, then "
         "python -m tests.bench.dpo_step runs/tiny-seed-42",
     ),
     Exercise(
@@ -147,40 +147,40 @@ EXERCISES = [
         file="selftrain.py",
         empty=("self_train:if",),
         tests="tests/test_selftrain.py -k 'algorithm or add_up or given_all or names or never_used'",
-        hint="Six lines. Who writes the pseudo-labels, f' or f_d?",
-        after="Let DPO go on from the last round's f_d instead of f': does it help?",
+        hint="Six lines. Which model writes the pseudo-labels, f' or f_d?",
+        after="Start DPO from the last round's f_d instead of f': does it help?",
     ),
     Exercise(
-        title="Open: IPO or KTO in place of DPO",
+        title="Open: IPO or KTO instead of DPO",
         read="Azar et al. (2023); Ethayarajh et al. (2024)",
         file="dpo.py",
         empty=(),
         tests="tests/test_dpo.py -k 'logps or reference_gets or encoded_once'",
-        hint="Begin with IPO: (margin of log-ratios - 1/(2 beta))^2 in dpo_loss; what is tested about "
-        "log 2 and eq. 5 then rightly turns red.",
+        hint="Start with IPO: (margin of log-ratios - 1/(2 beta))^2 in dpo_loss. The tests of log 2 "
+        "and eq. 5 should then fail.",
         after="python -m tests.bench.report on five seeds of each: is the difference larger than its "
         "interval?",
         time="an afternoon",
     ),
     Exercise(
-        title="Open: a majority vote as answer where U has none",
+        title="Open: a majority vote as the answer where U has none",
         read="Wang et al. (2023), self-consistency",
         file="selftrain.py",
         empty=(),
         tests="tests/test_selftrain.py -k 'pair or label or round'",
-        hint="In self_train, once samples are drawn: extract_answer, Counter.most_common, then "
+        hint="In self_train, after sampling: extract_answer, Counter.most_common, then "
         "replace(problem, answer=...) in unlabeled.",
-        after="How often is the majority right, and how often where fewer than half agree?",
+        after="How often is the majority right, and how often when fewer than half agree?",
         time="an afternoon",
     ),
     Exercise(
-        title="Open: another tool than the calculator",
+        title="Open: a tool other than the calculator",
         read="Schick et al. (2023), Toolformer",
         file="decode.py",
         empty=(),
         tests="tests/test_decode.py",
-        hint="RowState.watch decides what a bracket calls. A date? A unit? A table?",
-        after="What must the training texts hold for the model to call it?",
+        hint="RowState.watch decides what a bracket calls: a date, a unit, a table?",
+        after="What must the training texts contain for the model to call it?",
         time="an afternoon",
     ),
     Exercise(
@@ -190,17 +190,17 @@ EXERCISES = [
         empty=(),
         tests="tests/test_decode.py",
         hint="decode.main with --samples N: generate(..., n_samples, 0.7), extract_answer, Counter.",
-        after="With how many samples does voting beat the greedy rationale on held-out problems?",
+        after="How many samples does voting need to beat the greedy rationale on held-out problems?",
         time="2 hours",
     ),
     Exercise(
-        title="Open: hold some pairs out of DPO",
+        title="Open: hold out some of the DPO pairs",
         read="README, How to read the log of DPO",
         file="dpo.py",
         empty=(),
         tests="tests/test_dpo.py",
-        hint="Split by question, not by pair. pair_loss under no_grad, at every logged step.",
-        after="When do the held-out rewards part from the training pairs'?",
+        hint="Split by question, not by pair. Run pair_loss under no_grad at every logged step.",
+        after="When do the held-out rewards diverge from the training rewards?",
         time="2 hours",
     ),
     Exercise(
@@ -209,15 +209,15 @@ EXERCISES = [
         file="sft.py",
         empty=(),
         tests="tests/test_sft.py",
-        hint="Shard every block, then the model; the all-reduce goes, and saving must gather.",
-        after="How much of 16 bytes per parameter is left on each of two processes?",
+        hint="Shard every block, then the model. Remove the all-reduce; saving must gather the shards.",
+        after="How many of the 16 bytes per parameter remain on each of two processes?",
         time="an afternoon",
     ),
 ]
 
 
 def empty(source: str, target: str, number: int) -> str:
-    """Put an error in place of a function's body, behind its signature and docstring; `f:if`: of the first branch in f."""
+    """Replace a function's body, after its docstring, with an error; for `f:if`, the body of the first branch in f."""
     path, _, branch = target.partition(":")
     nodes = ast.parse(source).body
     for name in path.split("."):
@@ -245,7 +245,7 @@ def empty(source: str, target: str, number: int) -> str:
 def copy(folder: Path) -> None:
     """Copy the project, without runs and caches, to a folder that does not exist yet. Raises FileExistsError."""
     ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "venv", "env", "*.partial")
-    # copyfile: files that are read-only here are to be written there.
+    # copyfile: files that are read-only here must be writable in the copy.
     shutil.copytree(ROOT, folder, ignore=ignored, copy_function=shutil.copyfile)
 
 
@@ -272,10 +272,10 @@ def main() -> None:
         "folder",
         type=Path,
         nargs="?",
-        help="a new one; default: exercise-NUMBER beside this project",
+        help="a new folder; default: exercise-NUMBER next to this project",
     )
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # a sign that a terminal lacks ends nothing
+    sys.stdout.reconfigure(errors="replace")  # print ? instead of crashing
     if args.number is None:
         return print(
             *(f"{n:2}  {e.title} ({e.file}, {e.time})" for n, e in enumerate(EXERCISES, 1)),
@@ -283,12 +283,12 @@ def main() -> None:
         )
     folder = (args.folder or ROOT.parent / f"exercise-{args.number}").expanduser()
     if folder.exists() or ROOT in folder.resolve().parents:
-        where = "exists already" if folder.exists() else "lies inside this project"
+        where = "already exists" if folder.exists() else "is inside this project"
         sys.exit(f"exercise: {folder} {where}: name another folder")
     try:
         exercise = prepare(args.number, folder)
     except OSError as error:
-        sys.exit(f"exercise: {folder} cannot be made ({error}): name another folder")
+        sys.exit(f"exercise: {folder} cannot be created ({error}): name another folder")
     what = (
         f"write    {', '.join(exercise.empty)} in {folder / exercise.file}"
         if exercise.empty

@@ -1,4 +1,4 @@
-"""The slow twin of decode.generate: what it would be if it were written without any thought of speed."""
+"""The slow twin of decode.generate: the same function, written without regard to speed."""
 
 import torch
 
@@ -20,7 +20,7 @@ def generate_naive(
     calculator: bool = True,
     seed: int | str = 0,
 ) -> list[list[Sample]]:
-    """One rationale at a time, the whole sequence again for every token, no cache."""
+    """One rationale at a time, without a cache: every token recomputes the full sequence."""
     model.eval()
     results = []
     for question in questions:

@@ -1,4 +1,4 @@
-"""The calculator reads what a language model wrote: it must be right, print as GSM8K prints, and survive anything."""
+"""The calculator reads a language model's text: it must be correct, print like GSM8K, and survive any input."""
 
 import json
 import operator
@@ -13,18 +13,18 @@ import pytest
 from calculator import MAX_DEPTH, MAX_LENGTH, MAX_SIZE, calculate, format_number
 
 VALUES = {
-    # the four operations, their order, and brackets
+    # the four operations, their precedence, and brackets
     "48 / 2": "24", "1 + 2 * 3": "7", "(1+2)*3": "9", "10 - 4 - 3": "3", "24 / 4 / 2": "3", "2*(3+(4-1))": "12",
     "((((7))))": "7", "  1+1  ": "2", "1\n+\t2": "3", "8/4*2": "4", "100 - 2 * 30 / 4": "85",
-    # numbers: decimals, leading and closing dots, thousands
+    # numbers: decimals, leading and trailing dots, thousands
     ".5 + .25": "0.75", "3. + 1": "4", "1,200 * 2": "2400", "1,000,000.50": "1000000.5", "12,345.5*2": "24691",
-    # percent, of a number and of a bracket
+    # percent, after a number and after a bracket
     "15%": "0.15", "200 * 15%": "30", "(10 + 5)% * 200": "30", "100 - 15%": "99.85", "50%%": "0.01",
-    # minus signs, and results below zero
+    # minus signs and negative results
     "-5 + 3": "-2", "3 - -2": "5", "2--3": "5", "--3": "3", "- 5": "-5", "-(2 + 3)": "-5", "2 * -3": "-6", "1 / -4": "-0.25",
-    # plus signs in front, as 16 annotations of GSM8K have them
+    # leading plus signs, as in 16 annotations of GSM8K
     "+7": "7", "+12.5 + 25 + 16.5": "54", "3* + 6": "18", "2 - +3": "-1", "-+-5": "5",
-    # printing: integers within 1e-4 of one, otherwise two decimals, never a closing zero, never "-0"
+    # printing: an integer when within 1e-4 of one, otherwise two decimals, no trailing zeros, never "-0"
     "0.29 * 100": "29", "0.1 + 0.2": "0.3", "1 / 3": "0.33", "-1/3": "-0.33", "2 / 3": "0.67", "10 / 4": "2.5",
     "1.99995": "2", "1.9998": "2", "3 * (1 / 3)": "1", "0 * -1": "0", "-0": "0", "0 / -5": "0", "-0.001": "0", "-.004": "0",
     "100 / 1": "100", "1000 * 1000": "1000000", "999999999999999": "999999999999999",
@@ -49,18 +49,18 @@ REFUSED = {
 
 @pytest.mark.parametrize("expression, expected", VALUES.items())
 def test_arithmetic_prints_as_rationales_print_it(expression, expected):
-    """These digits are forced into the rationale, so value and spelling both count: 0.29 * 100 truncates to 28 or 29.0."""
+    """These digits are forced into the rationale, so value and format both count: 0.29 * 100 truncates to 28 or 29.0."""
     assert calculate(expression) == expected
 
 
 @pytest.mark.parametrize("expression", REFUSED.values(), ids=REFUSED)
 def test_anything_else_is_left_to_the_model(expression):
-    """A model writes these sooner or later. A wrong guess would be forced on it, an exception would end the run."""
+    """A model writes these sooner or later. A wrong guess would be forced on it; an exception would end the run."""
     assert calculate(expression) is None
 
 
 def test_the_bounds_are_reached_but_not_passed():
-    """Off by one here would refuse real annotations or let the reader recurse deeper than promised."""
+    """An off-by-one error would reject real annotations or let the parser recurse deeper than promised."""
     inside = MAX_DEPTH - 1
     assert calculate("(" * inside + "1" + ")" * inside) == "1"
     assert calculate("1" + "+1" * 49) == "50"  # 99 characters
@@ -76,12 +76,12 @@ def test_the_bounds_are_reached_but_not_passed():
      (-0.0, "0"), (-2.5, "-2.5"), (100.0, "100"), (0.3333, "0.33"), (1234.567, "1234.57"), (1e15, "1" + "0" * 15)],
 )  # fmt: skip
 def test_a_number_is_an_integer_or_has_two_decimals_at_most(value, text):
-    """Stripping zeros from 100 would give 1; two decimals of -0.004 are -0.00: both have happened to others."""
+    """Stripping zeros from 100 would give 1; -0.004 with two decimals is -0.00. Others have made both mistakes."""
     assert format_number(value) == text
 
 
 class Watched(float):
-    """A float that remembers the largest number met on the way, as the calculator's own bound does."""
+    """A float that records the largest intermediate result, which the calculator also limits."""
 
     largest = 0.0
 
@@ -103,7 +103,7 @@ for name in ("add", "sub", "mul", "truediv"):
 
 
 def random_expression(rng: random.Random, depth: int) -> tuple[str, str]:
-    """One expression twice: as a rationale may spell it, and in Python's own syntax."""
+    """Return one expression twice: as a rationale may write it, and in Python's syntax."""
     ours = theirs = ""
     for i in range(rng.choice((1, 2, 2, 3, 4))):
         sign = rng.choice("+-*/") if i else ""
@@ -129,7 +129,7 @@ def random_expression(rng: random.Random, depth: int) -> tuple[str, str]:
 
 
 def printed(value: float) -> str:
-    """PAPER.md's printing rule, in decimal arithmetic instead of string surgery."""
+    """The printing rule of format_number, in decimal arithmetic instead of string operations."""
     if abs(value - round(value)) < 1e-4:
         return str(round(value))
     text = format(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_EVEN).normalize(), "f")
@@ -137,13 +137,13 @@ def printed(value: float) -> str:
 
 
 def test_python_agrees_on_thousands_of_expressions():
-    """Python's parser is the independent judge of precedence and of the order of rounding: texts must be equal."""
+    """Python's parser independently checks precedence and the order of rounding: the texts must be equal."""
     rng, refused, by_zero = random.Random(0), 0, 0
     for _ in range(6000):
         ours, theirs = random_expression(rng, 2)
         Watched.largest = 0.0
         try:
-            expected = printed(eval(theirs, {"W": Watched}))  # text from this file's own generator
+            expected = printed(eval(theirs, {"W": Watched}))  # text from random_expression above
         except ZeroDivisionError:
             expected, by_zero = None, by_zero + 1
         if len(ours) > MAX_LENGTH or Watched.largest > MAX_SIZE:
@@ -156,9 +156,9 @@ def test_python_agrees_on_thousands_of_expressions():
 
 
 def test_gsm8k_annotations_evaluate_and_print_as_annotated(datasets):
-    """People wrote these 21,000 annotations; the calculator has to agree where they are exact, or it spoils gold steps.
+    """People wrote these 21,000 annotations; where they are exact the calculator must agree, or it corrupts gold steps.
 
-    Measured: few do not evaluate (letters, mixed fractions), 3 % print otherwise (.5, 0.3333, currency, slips).
+    Measured: a few do not evaluate (letters, mixed fractions), 3 % print differently (.5, 0.3333, currency, mistakes).
     """
     lines = (datasets / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
     found = [
@@ -181,10 +181,10 @@ def seconds(text: str) -> float:
 
 
 def test_random_strings_raise_nothing_and_take_under_a_millisecond():
-    """A batch of rows waits for every call. 100,000 strings; CALCULATOR_STRINGS=1000000 in the environment runs the million.
+    """The batch waits for every call. 100,000 strings; set CALCULATOR_STRINGS=1000000 in the environment for a million.
 
-    Half are noise from the grammar's own alphabet, half are valid expressions with a few characters replaced. A slow one
-    is timed again and its best time counts, because other processes share the machine.
+    Half are random, mostly from the grammar's characters; half are valid expressions with one character replaced. A slow
+    one is timed again and its best time counts, because other processes share the machine.
     """
     rng = random.Random(1)
     alphabet = "0123456789" * 2 + "+-*/()%., " * 3 + "x$=[]e_^٣½\0\n"

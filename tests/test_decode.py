@@ -1,4 +1,4 @@
-"""The fast decoder must write what the slow one writes, whatever shares its batch; the calculator must reach its row only."""
+"""The fast decoder must write what the slow one writes, in any batch; the calculator may affect only its own row."""
 
 import itertools
 import json
@@ -27,11 +27,11 @@ from decode import (
 from model import T5, T5Config, load_flan_t5, shift_right
 from tokenizer import EOS_ID, Tokenizer, pad_batch
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # the oracle must not look anything up
+os.environ["HF_HUB_OFFLINE"] = "1"  # the oracle must not use the network
 
 
 def sums(n: int, seed: int) -> list[tuple[str, str]]:
-    """Questions of one or two steps, and rationales in the formatted spelling, with right results."""
+    """Questions of one or two steps, with formatted rationales whose results are right."""
     rng, pairs = random.Random(seed), []
     for _ in range(n):
         total = rng.randrange(2, 30)
@@ -53,7 +53,7 @@ def sums(n: int, seed: int) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    """A vocabulary of at most 300 pieces trained on sums, with T5's ids for padding, end and unknown."""
+    """A vocabulary of at most 300 pieces trained on sums, with T5's ids for padding, EOS and unknown."""
     folder = tmp_path_factory.mktemp("tokenizer")
     text = (
         "\n".join(line for pair in sums(400, 0) for line in pair) + "\n" + " ".join("x+-*/()%=[].,")
@@ -68,7 +68,8 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer) -> T5:
-    """A small T5 that has seen sums for two seconds: it writes brackets, gets arithmetic wrong, ends or rambles on."""
+    """A small T5 trained on sums for two seconds: it writes brackets, gets arithmetic wrong, ends or
+    rambles on."""
     torch.manual_seed(0)
     net = T5(
         T5Config(
@@ -110,7 +111,8 @@ def mini(shared):
 
 @torch.no_grad()
 def same(net, tokenizer, questions, found, expected, temperature=0.0, top_k=50, seed=0):
-    """Assert that both wrote the same, forced marks included. Rounding may flip a near-tie: show its gap and allow it."""
+    """Assert that both wrote the same ids and forced marks. Rounding may flip a near-tie: print its gap
+    and allow it."""
     for question, left, right in zip(questions, found, expected, strict=True):
         for k, (a, b) in enumerate(zip(left, right, strict=True)):
             if a == b:
@@ -133,14 +135,14 @@ def same(net, tokenizer, questions, found, expected, temperature=0.0, top_k=50, 
             assert gap < 1e-4, (question, k, t, gap, a.ids[t : t + 5], b.ids[t : t + 5])
 
 
-# ------------------------------------------------------------------------------------------ fast equals slow: invariant 1
+# ------------------------------------------------------------------------------------------ fast equals slow
 
 SETTINGS = [(0.0, True), (0.0, False), (0.8, True), (0.8, False)]
 
 
 @pytest.fixture(scope="module")
 def naive(model, tokenizer):
-    """The slow twin's rationales for every setting, written once."""
+    """The slow twin's rationales for every setting, generated once."""
     return {
         (temperature, calculator): generate_naive(
             model,
@@ -161,7 +163,8 @@ def naive(model, tokenizer):
 def test_the_fast_decoder_writes_what_the_slow_one_writes(
     model, tokenizer, naive, temperature, calculator, batch_size
 ):
-    """Cache, shared clock, refilled slots, shrinking batch, early encoding: all of it is bookkeeping and may not show."""
+    """Cache, slot lengths, refilled slots, shrinking batch and early encoding must not change what is
+    written."""
     expected = naive[temperature, calculator]
     found = generate(
         model,
@@ -178,7 +181,8 @@ def test_the_fast_decoder_writes_what_the_slow_one_writes(
 
 
 def test_the_fixture_is_worth_its_name(naive):
-    """The comparison above means little unless rows end at different times, some never, and the calculator has worked."""
+    """The comparison above means little unless rows end at different times, some never end, and the calculator
+    is used."""
     samples = [sample for setting in SETTINGS for row in naive[setting] for sample in row]
     assert len({len(sample.ids) for sample in samples}) > 5
     assert any(sample.finished for sample in samples) and not all(
@@ -208,7 +212,7 @@ def mini_naive(mini):
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 @pytest.mark.parametrize("temperature, calculator", [(0.0, True), (0.7, True), (0.7, False)])
 def test_fast_equals_slow_on_real_questions(mini, mini_naive, temperature, calculator, batch_size):
-    """The same claim with T5's own 32,128 ids, real questions and fluent rationales."""
+    """The same claim with T5's 32,128 ids, real questions and fluent rationales."""
     net, tokenizer, questions = mini
     expected = mini_naive[temperature, calculator]
     found = generate(
@@ -232,9 +236,9 @@ def test_fast_equals_slow_on_real_questions(mini, mini_naive, temperature, calcu
 def test_two_hundred_real_questions_are_answered_as_one_full_pass_would(
     mini, shared, temperature, calculator, batch_size, slow
 ):
-    """The slow twin at a price that allows 200 questions: a rationale is what it would have written if at every place one
-    uncached pass over all of it chooses the same id, or the calculator did. Near-ties are shown and allowed. (One by one they
-    are 25 without --slow.)"""
+    """A cheaper slow twin, for 200 questions: one uncached pass over a complete rationale must choose the same id
+    at every position, except where the calculator wrote it. Near-ties are printed and allowed. (At batch size 1,
+    25 questions without --slow.)"""
     net, tokenizer, _ = mini
     count = 200 if slow or batch_size > 1 else 25
     lines = (shared / "data/gsm8k/test.jsonl").read_text(encoding="utf-8").splitlines()[:count]
@@ -280,7 +284,7 @@ def test_two_hundred_real_questions_are_answered_as_one_full_pass_would(
 
 
 def spelling(monkeypatch, model, rule):
-    """Let rule(sizes of the batches so far, logits) change every step's logits."""
+    """Replace every step's logits with rule(batch sizes so far, logits)."""
     step, sizes = model.step, []
 
     def changed(ids, cache):
@@ -292,12 +296,12 @@ def spelling(monkeypatch, model, rule):
 
 
 def test_nothing_is_computed_for_slots_that_stay_idle(model, tokenizer, monkeypatch):
-    """One long rationale at the end of a batch: without a smaller batch, all other slots would be
-    computed along."""
+    """One long rationale is left at the end: unless the batch shrinks, every step computes all the idle
+    slots."""
 
     def all_but_the_first_end(sizes, logits):
         logits[:, EOS_ID] = 1e9
-        logits[0, EOS_ID] = -1e9  # the longest question stands in the first slot
+        logits[0, EOS_ID] = -1e9  # the longest question is in the first slot
         return logits
 
     sizes = spelling(monkeypatch, model, all_but_the_first_end)
@@ -307,7 +311,7 @@ def test_nothing_is_computed_for_slots_that_stay_idle(model, tokenizer, monkeypa
 
 def test_a_finished_rationale_makes_room_at_once(model, tokenizer, monkeypatch):
     """Continuous refill (section 3.2): rationales of very different lengths must not wait for each other.
-    The slots are as good as always busy, so there are few more steps than tokens over slots."""
+    The slots are almost always busy, so there are few more steps than tokens divided by slots."""
     sizes = spelling(monkeypatch, model, lambda sizes, logits: logits)
     samples = generate(model, tokenizer, QUESTIONS, 6, 0.9, max_new_tokens=40, batch_size=4)
     lengths = [len(sample.ids) + sample.finished for row in samples for sample in row]
@@ -315,7 +319,7 @@ def test_a_finished_rationale_makes_room_at_once(model, tokenizer, monkeypatch):
 
 
 def test_a_new_tenant_never_sees_the_old_cache(model, tokenizer, monkeypatch):
-    """Huge numbers where a slot's last tenant lived drown everything that a mask lets through."""
+    """A reused slot's old cache is filled with huge numbers: any that passed a mask would change the text."""
     options = dict(n_samples=2, temperature=0.8, max_new_tokens=25, batch_size=3)
     expected = generate(model, tokenizer, QUESTIONS, **options)
     admit, admitted = KVCache.admit, []
@@ -333,7 +337,7 @@ def test_a_new_tenant_never_sees_the_old_cache(model, tokenizer, monkeypatch):
 
 
 def test_each_question_is_encoded_once(model, tokenizer, monkeypatch):
-    """Its samples share one encoder pass (DESIGN.md); encoding per sample would triple the encoder's work unnoticed."""
+    """Its samples share one encoder pass; encoding per sample would silently multiply the encoder's work."""
     encode, lengths = model.encode, []
     monkeypatch.setattr(
         model, "encode", lambda ids, mask: lengths.extend(mask.sum(1).tolist()) or encode(ids, mask)
@@ -345,7 +349,8 @@ def test_each_question_is_encoded_once(model, tokenizer, monkeypatch):
 
 
 def test_greedy_ids_equal_the_public_librarys(mini):
-    """The oracle for the whole decoder: 64 GSM8K test questions, 300 tokens, no calculator, not one id different."""
+    """The oracle for the complete decoder: 64 GSM8K test questions, 300 tokens, no calculator, every id
+    equal."""
     transformers = pytest.importorskip("transformers")
     net, tokenizer, questions = mini
     folder = pytest.importorskip("conftest").SHARED / "mini-flan-t5"
@@ -362,11 +367,11 @@ def test_greedy_ids_equal_the_public_librarys(mini):
         assert sample.finished == (EOS_ID in ids) and sample.text == tokenizer.decode(ids)
 
 
-# ------------------------------------------------------------------------------ what a sample depends on: invariant 2
+# ------------------------------------------------------------------------------ what a sample depends on
 
 
 def test_a_sample_depends_on_question_seed_and_number_alone(model, tokenizer):
-    """Not on batch size, order of questions, or how many samples were asked for: else no run could be repeated."""
+    """Not on batch size, question order or the number of samples: otherwise no run could be repeated."""
     options = dict(temperature=0.9, max_new_tokens=30, seed=7)
     expected = generate(model, tokenizer, QUESTIONS, n_samples=3, batch_size=32, **options)
     fewer = [row[:2] for row in expected]
@@ -395,7 +400,7 @@ def test_a_sample_depends_on_question_seed_and_number_alone(model, tokenizer):
 
 
 def test_the_same_question_twice_gives_the_same_samples(model, tokenizer):
-    """The datasets repeat a few questions; position in the list is no part of the seed."""
+    """The datasets repeat a few questions; position in the list is not part of the seed."""
     first, _, third = generate(
         model, tokenizer, [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]], 4, 0.9, max_new_tokens=30
     )
@@ -403,7 +408,8 @@ def test_the_same_question_twice_gives_the_same_samples(model, tokenizer):
 
 
 def test_samples_differ_from_each_other_and_between_seeds(model, tokenizer):
-    """K equal samples would give no preference pair; a seed that did nothing would fake three independent runs."""
+    """K equal samples would give no preference pair; a seed without effect would make three
+    independent runs equal."""
     one, other = (
         generate(model, tokenizer, QUESTIONS[:5], 4, 0.9, max_new_tokens=30, seed=seed)
         for seed in (0, 1)
@@ -414,7 +420,7 @@ def test_samples_differ_from_each_other_and_between_seeds(model, tokenizer):
 
 
 def test_a_longer_limit_only_continues_a_sample(model, tokenizer):
-    """Noise belongs to a position, so a rationale cut at 12 tokens is the start of the one cut at 24."""
+    """Each position has its own noise, so a rationale cut at 12 tokens is the start of the one cut at 24."""
     short, long = (
         generate(model, tokenizer, QUESTIONS[:6], 2, 0.8, max_new_tokens=n) for n in (12, 24)
     )
@@ -424,7 +430,7 @@ def test_a_longer_limit_only_continues_a_sample(model, tokenizer):
 
 
 def test_the_global_generators_are_left_alone(model, tokenizer):
-    """Sampling between two training stages may neither read nor move the state that dropout uses."""
+    """Sampling between two training stages must neither read nor change the state that dropout uses."""
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     expected = generate(model, tokenizer, QUESTIONS[:3], 2, 0.9, max_new_tokens=10)
     after = torch.rand(1), random.random(), np.random.rand()
@@ -435,7 +441,7 @@ def test_the_global_generators_are_left_alone(model, tokenizer):
 
 
 def test_noise_is_reproducible_and_its_own():
-    """In [0, 1), the same on every machine, another for every seed, question and sample."""
+    """It is in [0, 1), the same on every machine, and different for every seed, question and sample."""
     noise = np.array(uniform_noise(0, "How many?", 0, 100_000))
     assert noise.min() >= 0 and noise.max() < 1 and abs(noise.mean() - 0.5) < 0.005
     assert noise[:10].tolist() == uniform_noise(0, "How many?", 0, 10)
@@ -451,7 +457,8 @@ def test_noise_is_reproducible_and_its_own():
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.7, 0), (0.7, 5), (2.0, 3), (0.1, 50)])
 def test_frequencies_are_the_softmax_with_temperature_and_top_k(temperature, top_k):
-    """A grid of 20,000 evenly spaced noises gives each id its probability times 20,000, give or take its two ends."""
+    """Of 20,000 evenly spaced noise values each id gets its probability times 20,000, give or take one at
+    each end."""
     n, logits = 20_000, torch.randn(60, generator=torch.Generator().manual_seed(0)) * 2
     noise = (torch.arange(n) + 0.5) / n
     counts = sample_next_token(logits.expand(n, -1), temperature, top_k, noise).bincount(
@@ -468,7 +475,7 @@ def test_frequencies_are_the_softmax_with_temperature_and_top_k(temperature, top
 
 
 def test_temperature_zero_and_top_k_one_are_greedy():
-    """Both must give the largest logit, whatever the noise."""
+    """Both must choose the largest logit, whatever the noise."""
     logits = torch.randn(500, 40, generator=torch.Generator().manual_seed(1))
     noise = torch.rand(500, generator=torch.Generator().manual_seed(2))
     best = logits.argmax(-1)
@@ -487,7 +494,8 @@ def test_top_k_beyond_the_vocabulary_keeps_all_of_it():
 
 
 def test_the_ends_of_the_noise_choose_possible_ids():
-    """Cumulative sums round: the largest noise below 1 must not fall off the end, nor onto an id of probability 0."""
+    """Cumulative sums are rounded: the largest noise below 1 must not select a position past the end, or an id of
+    probability 0."""
     impossible = torch.full((200, 300), -torch.inf)
     logits = torch.cat(
         (impossible, torch.randn(200, 300, generator=torch.Generator().manual_seed(3)), impossible),
@@ -506,7 +514,7 @@ def test_the_ends_of_the_noise_choose_possible_ids():
 
 
 def test_rows_choose_independently():
-    """Row b uses its own logits and its own noise; a broadcast the wrong way would mix them."""
+    """Row b uses its own logits and its own noise; a wrong broadcast would mix them."""
     logits = torch.randn(8, 30, generator=torch.Generator().manual_seed(4))
     noise = torch.rand(8, generator=torch.Generator().manual_seed(5))
     together = sample_next_token(logits, 0.8, 10, noise)
@@ -521,7 +529,7 @@ def test_rows_choose_independently():
 
 @pytest.fixture
 def scripted(monkeypatch, model, tokenizer):
-    """Let each question be answered by a script: the noise of a position is made to spell the id to choose there."""
+    """Answer each question from a script: the noise at each position encodes the id to choose there."""
 
     def run(scripts: dict[str, list[int]], function=generate, **options):
         def noise(seed, question, number, n):
@@ -538,7 +546,7 @@ def scripted(monkeypatch, model, tokenizer):
 
 
 def forced_text(tokenizer, sample) -> str:
-    """What the calculator wrote, as text."""
+    """The text that the calculator wrote."""
     return "".join(
         tokenizer.piece(i) for i, forced in zip(sample.ids, sample.forced) if forced
     ).strip()
@@ -550,11 +558,12 @@ def forced_text(tokenizer, sample) -> str:
 def test_forced_digits_are_the_calculators_and_close_the_bracket(
     tokenizer, scripted, function, expression, result
 ):
-    """The model goes on with a wrong result; the rationale must hold the right one, `]`, and then the model again."""
+    """The model chooses a wrong result; the rationale must contain the right one and `]`, then the model's choices
+    again."""
     start = tokenizer.encode(f"nuts [ {expression} =")[:-1]
     n = len(tokenizer.encode(f"{result}]")) - 1
     after = tokenizer.encode("nuts. #### 9")[:-1]
-    wrong = [tokenizer.encode("9")[0]] * n  # what the model would have written in those places
+    wrong = [tokenizer.encode("9")[0]] * n  # what the model would have written there
     sample = scripted({"Q": start + wrong + after}, function, max_new_tokens=80)["Q"]
     assert forced_text(tokenizer, sample) == f"{result}]"
     assert sample.forced == [False] * len(start) + [True] * n + [False] * len(after)
@@ -563,7 +572,8 @@ def test_forced_digits_are_the_calculators_and_close_the_bracket(
 
 
 def test_only_the_row_that_asked_is_forced(tokenizer, scripted):
-    """A queue shared between rows, or one that outlives its row's slot, would write digits into a neighbour's text."""
+    """A queue shared between rows, or kept after its row has left the slot, would write digits into
+    another row."""
     plain = tokenizer.encode("nuts = 3 + 4 = nuts nuts nuts nuts nuts nuts nuts")[:-1]
     asking = tokenizer.encode("[ 3 + 4 =")[:-1] + plain
     scripts = {f"Q{i}": (asking if i % 3 == 1 else plain)[: 3 + 2 * i] for i in range(9)}
@@ -579,7 +589,8 @@ def test_only_the_row_that_asked_is_forced(tokenizer, scripted):
 
 
 def test_a_slots_next_tenant_inherits_no_digits(tokenizer, scripted):
-    """The first row is cut in the midst of its forced digits; the next question takes its slot and must start clean."""
+    """The first row is cut off in the middle of its forced digits; the next question takes its slot and must
+    start clean."""
     asking = tokenizer.encode("[ 1,200 * 2 =")[:-1]
     plain = tokenizer.encode("nuts")[:-1]
     found = scripted(
@@ -604,7 +615,7 @@ def test_a_slots_next_tenant_inherits_no_digits(tokenizer, scripted):
     ],
 )
 def test_what_does_not_evaluate_is_left_to_the_model(tokenizer, scripted, text):
-    """No bracket, no arithmetic, no result: the model's own ids stand, every one of them."""
+    """Without a bracket, arithmetic or a result, every id is the model's own."""
     script = tokenizer.encode(text + " 9] nuts. #### 9")[:-1]
     sample = scripted({"Q": script}, max_new_tokens=60)["Q"]
     assert sample.ids == script and not any(sample.forced) and sample.finished
@@ -619,7 +630,7 @@ def test_the_innermost_open_bracket_counts(tokenizer, scripted):
 
 
 def test_every_bracket_of_a_rationale_is_computed(tokenizer, scripted):
-    """State left over from the first bracket would spoil the second."""
+    """State left over from the first bracket would corrupt the second."""
     first, second = tokenizer.encode("[ 3 + 4 =")[:-1], tokenizer.encode("nuts [ 9 - 4 =")[:-1]
     gap = [EOS_ID + 5] * (len(tokenizer.encode("7]")) - 1)
     sample = scripted({"Q": first + gap + second}, max_new_tokens=80)["Q"]
@@ -630,14 +641,14 @@ def test_every_bracket_of_a_rationale_is_computed(tokenizer, scripted):
 
 
 def test_end_waits_for_the_forced_digits(tokenizer, scripted):
-    """The model wants to stop right after `=`; the calculator's digits come first, then the end is accepted."""
+    """The model tries to end right after `=`: the calculator's digits come first, then the end is accepted."""
     start = tokenizer.encode("[ 3 + 4 =")[:-1]
     sample = scripted({"Q": start}, max_new_tokens=40)["Q"]
     assert sample.text == "[ 3 + 4 = 7]" and sample.finished
 
 
 def test_forced_digits_stop_at_the_limit(tokenizer, scripted):
-    """max_new_tokens holds for forced ids too: the training cut at 300 relies on it."""
+    """max_new_tokens also limits forced ids: the cut at 300 tokens in training relies on it."""
     start = tokenizer.encode("[ 1,200 * 2 =")[:-1]
     result = tokenizer.encode("2400]")[:-1]
     for extra in range(len(result) + 1):
@@ -653,7 +664,7 @@ def test_without_the_calculator_nothing_is_forced(tokenizer, scripted):
 
 
 def test_real_rationales_hold_only_right_results(mini):
-    """mini-flan-t5 cannot calculate. Whatever stands in a forced bracket must be what Python's own arithmetic says."""
+    """mini-flan-t5 cannot calculate. Every result in a forced bracket must agree with Python's arithmetic."""
     net, tokenizer, questions = mini
     number, checked = r"[1-9]\d*(?:\.\d+)?", 0
     for [sample] in generate(net, tokenizer, questions[:24], max_new_tokens=80):
@@ -668,7 +679,7 @@ def test_real_rationales_hold_only_right_results(mini):
 
 
 def test_the_calculator_reads_pieces_as_they_come(tokenizer):
-    """However SentencePiece cuts an expression (`▁[`, `=`, `4▁=`), the row must see the same characters."""
+    """However SentencePiece splits an expression (`▁[`, `=`, `4▁=`), the row must see the same characters."""
     for _, rationale in sums(60, 9):
         row, ids = RowState(tokenizer, True, Sample(), [0.0] * 99), tokenizer.encode(rationale)[:-1]
         for i in ids:
@@ -693,7 +704,8 @@ def test_nothing_asked_nothing_written(model, tokenizer):
 
 
 def test_an_empty_question_and_one_too_long(model, tokenizer):
-    """`` is one id, EOS; a question of 1,000 words is cut at 200 ids. Neither may disturb the other or the rest."""
+    """An empty question is one id, EOS; one of 1,000 words is cut at 200 ids. Neither may affect other
+    questions."""
     questions = ["", "Ann has 3 nuts. " * 250, QUESTIONS[0]]
     assert len(tokenizer.encode(questions[1])) > 1000
     expected = generate_naive(model, tokenizer, questions, max_new_tokens=15)
@@ -709,7 +721,7 @@ def test_an_empty_question_and_one_too_long(model, tokenizer):
 @pytest.mark.parametrize("function", [generate, generate_naive])
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_is_off_while_writing(model, tokenizer, function, training):
-    """Sampling happens between training stages: it must not drop anything while it writes."""
+    """Sampling happens between training stages: the model must write without dropout in either mode."""
     expected = function(model, tokenizer, QUESTIONS[:2], max_new_tokens=10)
     model.train(training)
     try:
@@ -719,7 +731,7 @@ def test_dropout_is_off_while_writing(model, tokenizer, function, training):
 
 
 def test_weights_stay_trainable(model, tokenizer):
-    """inference_mode must not leak: the parameters are trained further after sampling."""
+    """inference_mode must not leak: the parameters are trained again after sampling."""
     generate(model, tokenizer, QUESTIONS[:1], max_new_tokens=3)
     ids = torch.tensor([[3, 4]])
     model(ids, torch.ones_like(ids), ids).sum().backward()
@@ -728,7 +740,7 @@ def test_weights_stay_trainable(model, tokenizer):
 
 
 def test_progress_is_shown_on_a_terminal_only(model, tokenizer, capsys, monkeypatch):
-    """In a log file a bar is a wall of text."""
+    """In a log file, a progress bar is a wall of text."""
     generate(model, tokenizer, QUESTIONS[:3], max_new_tokens=10)
     generate(model, tokenizer, QUESTIONS[:3], max_new_tokens=10, title="sampling")
     assert capsys.readouterr() == ("", "")
@@ -739,7 +751,7 @@ def test_progress_is_shown_on_a_terminal_only(model, tokenizer, capsys, monkeypa
 
 
 def test_ids_and_marks_match_in_length_and_text(naive, tokenizer):
-    """`forced` belongs to `ids` one by one; EOS is in neither, and text is their decoding."""
+    """`forced` has one mark per id; EOS is not among the ids, and `text` is the decoded ids."""
     for rows in naive.values():
         for sample in itertools.chain(*rows):
             assert len(sample.ids) == len(sample.forced) <= 40 and EOS_ID not in sample.ids
@@ -748,7 +760,7 @@ def test_ids_and_marks_match_in_length_and_text(naive, tokenizer):
 
 
 def test_forced_text_is_marked_and_nothing_else(tokenizer):
-    """The reader sees which digits are the calculator's, in the midst of a text and at its end."""
+    """The reader sees which digits the calculator wrote, in the middle of a text and at its end."""
     asked, digits = tokenizer.encode("[ 3 * 4 =")[:-1], tokenizer.encode("12]")[:-1]
     after = tokenizer.encode("nuts.")[:-1]
     forced = [False] * len(asked) + [True] * len(digits)
@@ -762,7 +774,7 @@ def test_forced_text_is_marked_and_nothing_else(tokenizer):
     (["--checkpoint", "no/such/folder", "Q?"], "no/such/folder"), (["--checkpoint", "tests", "Q?"], "config.json")
 ])  # fmt: skip
 def test_mistakes_of_the_command_are_one_sentence(monkeypatch, arguments, words):
-    """A mistyped folder is the commonest of all."""
+    """A mistyped folder is the most common mistake."""
     monkeypatch.setattr(sys, "argv", ["decode.py", *arguments])
     with pytest.raises(SystemExit) as end:
         decode.main()
@@ -770,7 +782,7 @@ def test_mistakes_of_the_command_are_one_sentence(monkeypatch, arguments, words)
 
 
 def test_bytes_that_are_no_text_in_a_question_do_not_end_in_a_traceback(monkeypatch, capsys):
-    """Python hands over such bytes of the command line as half characters, which no tokenizer takes."""
+    """Python turns such command-line bytes into lone surrogates, which no tokenizer accepts."""
     monkeypatch.setattr(decode, "MAX_NEW_TOKENS", 3)
     monkeypatch.setattr(sys, "argv", ["decode.py", "caf\udce9 has 3"])
     decode.main()

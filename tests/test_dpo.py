@@ -1,4 +1,4 @@
-"""DPO: every number against the equation in float64, the reference that must not move, and pairs that must not be learned."""
+"""DPO: every number against the equation in float64, a reference that must not change, and no training without pairs."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def random_model(seed: int = 0, **changes) -> T5:
 
 
 def random_pairs(seed: int = 0) -> list[PairExample]:
-    """Seven pairs of three questions, ragged, the questions not side by side."""
+    """Seven pairs of unequal lengths for three questions; those of one question are not adjacent."""
     rng = np.random.default_rng(seed)
 
     def ids(n: int) -> list[int]:
@@ -49,7 +49,7 @@ def random_pairs(seed: int = 0) -> list[PairExample]:
 
 
 def logp(model: T5, question: list[int], rationale: list[int]) -> torch.Tensor:
-    """log pi(y|x) of one rationale, from the full logits, without a batch, in float64: the slow twin."""
+    """The slow twin: log pi(y|x) of one rationale, without a batch, from the full logits, in float64."""
     source = torch.tensor([question])
     logits = model(source, torch.ones_like(source), torch.tensor([[0, *rationale[:-1]]]))[
         0
@@ -82,7 +82,8 @@ def same_bytes(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_sequence_logps_are_minus_the_summed_cross_entropy_of_the_full_logits():
-    """A SUM over the rationale's tokens, EOS included, padding not, shifted once; each side of each pair in its place."""
+    """For each side of each pair, in order: a SUM over the rationale's tokens, with EOS, without padding, shifted
+    once."""
     model, pairs = random_model(), random_pairs()
     for found, expected in zip(sequence_logps(model, pairs), logps(model, pairs), strict=True):
         assert found.shape == (len(pairs),) and found.dtype == torch.float32
@@ -90,7 +91,7 @@ def test_sequence_logps_are_minus_the_summed_cross_entropy_of_the_full_logits():
 
 
 def test_sequence_logps_do_not_depend_on_the_company():
-    """Log-probabilities of one pair are compared across batches of any cut: padding must leave no trace in them."""
+    """A pair's log-probabilities are compared across different batches: padding must not affect them."""
     model, pairs = random_model(), random_pairs()
     together = torch.stack(sequence_logps(model, pairs), dim=-1)
     alone = torch.cat([torch.stack(sequence_logps(model, [pair]), dim=-1) for pair in pairs])
@@ -101,7 +102,7 @@ def test_sequence_logps_do_not_depend_on_the_company():
 
 
 def test_each_question_is_encoded_once_for_both_rationales():
-    """Encoding it for the winning and again for the losing one would be twice the encoder's work."""
+    """Encoding it once for the winning and once for the losing one would double the encoder's work."""
     model, rows = random_model(), []
     encode = model.encode
     model.encode = lambda ids, mask: rows.append(len(ids)) or encode(ids, mask)
@@ -110,7 +111,8 @@ def test_each_question_is_encoded_once_for_both_rationales():
 
 
 def test_pairs_are_cut_like_sft_examples_and_keep_their_eos():
-    """The policy learned rationales cut at 300 tokens with an EOS; scoring them without it would compare other texts."""
+    """The policy learned rationales cut at 300 tokens with an EOS; without it, different texts would be
+    scored."""
     letters = SimpleNamespace(
         encode=lambda text, most: [ord(letter) for letter in text][: most - 1] + [EOS_ID]
     )
@@ -129,7 +131,8 @@ def test_pairs_are_cut_like_sft_examples_and_keep_their_eos():
 
 
 def test_four_numbers_by_hand():
-    """Chosen -12 -> -11 and rejected -13 -> -14 at beta 0.1: rewards +0.1 and -0.1, loss log(1 + e^-0.2). And reversed."""
+    """Chosen -12 -> -11 and rejected -13 -> -14 at beta 0.1: rewards +0.1 and -0.1, loss log(1 + e^-0.2).
+    And reversed."""
     numbers = [
         torch.tensor(n) for n in ([-11.0, -13.0], [-14.0, -12.0], [-12.0, -12.0], [-13.0, -13.0])
     ]
@@ -140,7 +143,8 @@ def test_four_numbers_by_hand():
 
 
 def test_loss_rewards_and_gradient_equal_the_equation_in_float64():
-    """Eq. 5 and its derivative, beta * sigmoid(-margin), written out: a swapped argument or a lost beta shows at once."""
+    """Eq. 5 and its derivative, beta * sigmoid(-margin), written out: a swapped argument or a missing
+    beta fails at once."""
     rng = np.random.default_rng(0)
     for beta in (0.05, 0.1, 0.5):
         chosen, rejected, reference_chosen, reference_rejected = rng.normal(-40, 10, (4, 100))
@@ -163,7 +167,8 @@ def test_loss_rewards_and_gradient_equal_the_equation_in_float64():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_huge_margins_give_finite_losses_and_gradients(dtype):
-    """log(sigmoid(-1000)) written plainly is log(0): the loss of a badly wrong pair is its margin, its gradient beta."""
+    """A naive log(sigmoid(-1000)) is log(0): the loss of a badly wrong pair is the size of its margin, and the
+    gradient is beta."""
     chosen = torch.tensor([-1e4, 1e4, -1e6], dtype=dtype, requires_grad=True)
     zeros = torch.zeros(3, dtype=dtype)
     loss, _, _ = dpo_loss(chosen, zeros, zeros, zeros, 0.1)
@@ -173,7 +178,8 @@ def test_huge_margins_give_finite_losses_and_gradients(dtype):
 
 
 def test_parameter_gradients_equal_the_equation_in_float64():
-    """The whole way from weights to loss, one rationale at a time in float64, against the batch in float32."""
+    """The complete path from weights to loss: one rationale at a time in float64 against the batch in
+    float32."""
     policy, reference, pairs = random_model(1), random_model(2), random_pairs()
     terms = pair_loss(policy, pairs, reference, BETA)
     terms["loss"].backward()
@@ -201,7 +207,8 @@ def test_parameter_gradients_equal_the_equation_in_float64():
 
 
 def test_the_gradient_raises_chosen_and_lowers_rejected():
-    """A sign error trains the opposite of the paper, and at the start, where both losses are log 2, looks the same."""
+    """A sign error trains the opposite of the paper, but looks the same at the start, where both losses
+    are log 2."""
     policy, pairs = random_model(), random_pairs()
     before = sequence_logps(policy, pairs)
     pair_loss(policy, pairs, copy.deepcopy(policy), BETA)["loss"].backward()
@@ -216,7 +223,7 @@ def test_the_gradient_raises_chosen_and_lowers_rejected():
 
 
 def test_the_reference_gets_no_gradient():
-    """It is a second model in memory: gradients of it would be 4 bytes per parameter for nothing."""
+    """It is a second model in memory: its gradients would waste 4 bytes per parameter."""
     policy, reference = random_model(1), random_model(2)
     pair_loss(policy, random_pairs(), reference, BETA)["loss"].backward()
     assert all(parameter.grad is None for parameter in reference.parameters())
@@ -224,9 +231,8 @@ def test_the_reference_gets_no_gradient():
 
 
 def test_the_reference_stays_where_training_began():
-    """Rewards logged at step t must be those of the policy before that step against a frozen copy. A
-    reference that follows the policy keeps all rewards at 0 and the loss at log 2 for ever, which a log
-    that is not read closely will not betray."""
+    """Rewards logged at step t must compare the policy before that step with a frozen copy. A reference
+    that follows the policy keeps all rewards at 0 and the loss at log 2, which is easy to miss in the log."""
     policy, pairs, seen = random_model(), random_pairs(), []
     frozen, before = copy.deepcopy(policy), copy.deepcopy(policy)
 
@@ -253,7 +259,7 @@ def test_the_reference_stays_where_training_began():
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_first_loss_is_log_two(bf16):
     """Policy and reference are the same model at the start, so every margin is 0 and -log sigmoid(0) is
-    log 2; in bf16 too, for both compute alike. Dropout left on, or a mean on one side: each moves it."""
+    log 2, even in bf16: both compute alike. Dropout left on, or a mean on one side, would change it."""
     policy, logs = random_model(dropout=0.1).train(), []
     train(policy, random_pairs(), log=logs.append, micro_batch_tokens=60, bf16=bf16)
     assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -262,7 +268,8 @@ def test_the_first_loss_is_log_two(bf16):
 
 
 def test_training_raises_the_margin():
-    """The point of it all: after some steps every chosen rationale is likelier than it was, relative to its rejected one."""
+    """This is what DPO is for: after some steps every chosen rationale is more likely than before, relative to its
+    rejected one."""
     policy, pairs, logs = random_model(), random_pairs(), []
     frozen = copy.deepcopy(policy)
     assert train(policy, pairs, n_steps=12, log=logs.append, batch_size=4) is policy
@@ -275,7 +282,7 @@ def test_training_raises_the_margin():
 
 
 def test_every_line_says_how_training_stands():
-    """These numbers are read to see whether DPO works. They are means per pair, from before the step."""
+    """These numbers show whether DPO works. They are means over the pairs, taken before the step."""
     pairs, logs = random_pairs(), []
     train(random_model(), pairs, n_steps=3, log=logs.append)
     assert [log["step"] for log in logs] == [1, 2, 3]
@@ -287,7 +294,7 @@ def test_every_line_says_how_training_stands():
 
 
 def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
-    """The loss is a mean over PAIRS of the whole batch: cut into pieces of one, a few or all, it is the same number."""
+    """The loss is a mean over all PAIRS of the batch, whether a micro-batch holds one of them, a few or all."""
     pairs, first_gradients, second_losses = random_pairs(), [], []
     for budget in (1, 60, 10**6):
         gradients, logs = [], []
@@ -310,7 +317,7 @@ def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
         first_gradients.append(gradients[0])
         second_losses.append(
             logs[1]["loss"]
-        )  # by then the policy has left its reference, and pairs differ in loss
+        )  # by now the policy differs from the reference, and pairs differ in loss
     model = random_model()
     (pair_loss(model, pairs, copy.deepcopy(model), BETA)["loss"] / len(pairs)).backward()
     for gradients in first_gradients:
@@ -322,7 +329,8 @@ def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_byte():
-    """The order of the pairs hangs on the seed and on no global generator, or no stopped run could be continued exactly."""
+    """The order of the pairs depends on the seed, not on a global generator; otherwise no stopped run could be
+    continued exactly."""
     trained = []
     for noise, seed in ((1, 5), (2, 5), (1, 6)):
         policy = random_model(dropout=0.1)
@@ -332,6 +340,6 @@ def test_the_same_seed_gives_the_same_weights_to_the_byte():
 
 
 def test_nothing_to_train_on_is_refused():
-    """A model that solves everything, or nothing, gives no pair; a DPO of no pairs must not pass for one."""
+    """A model that solves everything, or nothing, gives no pairs; training on none must not pass for DPO."""
     with pytest.raises(ValueError, match="DPO"):
         train(random_model(), [])

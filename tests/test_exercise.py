@@ -1,4 +1,4 @@
-"""The exercises: an empty function fails its grader with a message that helps, and plausible wrong answers fail it, too."""
+"""The exercises: an empty function fails its grader with a helpful message, and plausible wrong answers also fail."""
 
 import shlex
 import subprocess
@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from tests.exercise import EXERCISES, copy, empty, prepare
 
-# exercise, file, right, wrong: what a student may well write, and must not pass with.
+# exercise, file, right, wrong: mistakes that a student could make, and that must not pass.
 WRONG = {
     "off-by-one bucket": (1, "model.py", "(distance > 0) * n_buckets", "(distance >= 0) * n_buckets"),
     "forgotten EOS": (6, "tokenizer.py", "return ids + [EOS_ID]", "return ids"),
@@ -40,7 +40,7 @@ def grade(folder, exercise) -> subprocess.CompletedProcess:
 
 
 def some(cases: list, slow: bool) -> list:
-    """All of them with --slow; a few, to keep the suite short, without."""
+    """All of them with --slow; otherwise a few, to keep the suite short."""
     return cases if slow else cases[::8]
 
 
@@ -57,14 +57,14 @@ def test_every_emptied_function_fails_its_grader_and_says_whose_it_is(tmp_path, 
 
     numbers = [number for number, exercise in enumerate(EXERCISES, 1) if exercise.empty]
     assert len(numbers) == 12 and len(EXERCISES) == 18
-    # Before the threads start: two that parse source at a time now and then raise SystemError in Python 3.11 (cpython #106905).
+    # Before the threads start: in Python 3.11, two that parse source at once may raise SystemError (cpython #106905).
     prepared = {number: prepare(number, tmp_path / str(number)) for number in some(numbers, slow)}
     with ThreadPoolExecutor(2) as pool:
         assert not any(failed := [*pool.map(attempt, prepared)]), failed
 
 
 def test_every_wrong_answer_still_has_its_place():
-    """A line that is rewritten would leave its wrong answer untried until the next run with --slow."""
+    """If a line were rewritten, its wrong answer would not be tried until the next run with --slow."""
     counts = {
         name: (ROOT / file).read_text(encoding="utf-8").count(right)
         for name, (_, file, right, _) in WRONG.items()
@@ -73,7 +73,7 @@ def test_every_wrong_answer_still_has_its_place():
 
 
 def test_plausible_wrong_answers_do_not_pass(tmp_path, slow):
-    """Ten of ten: the measure of the tests. Each is a slip that trains, runs, and gives slightly worse numbers."""
+    """All ten must fail: this measures the tests. Each is a mistake that trains, runs, and gives slightly worse numbers."""
 
     def attempt(name: str) -> str:
         number, file, right, wrong = WRONG[name]
@@ -95,9 +95,9 @@ def test_plausible_wrong_answers_do_not_pass(tmp_path, slow):
 
 
 def test_graders_pass_on_the_project_itself(tmp_path, slow):
-    """What the graders ask for can be done: in an untouched copy all of them are green."""
+    """Every grader can be satisfied: all of them pass on an untouched copy."""
     if not slow:
-        pytest.skip("the suite itself runs the same tests; with --slow they run in a copy, too")
+        pytest.skip("the suite itself runs the same tests; with --slow they also run in a copy")
     copy(tmp_path / "copy")
     for exercise in EXERCISES:
         result = grade(tmp_path / "copy", exercise)
@@ -105,7 +105,7 @@ def test_graders_pass_on_the_project_itself(tmp_path, slow):
 
 
 def test_only_the_body_goes():
-    """Signature and docstring are the task. Everything around the function stays as it was, to the byte."""
+    """The signature and docstring define the task. Nothing around the function may change."""
     source = (ROOT / "selftrain.py").read_text()
     for target in ("jaccard", "make_pairs", "self_train:if", "Stages.sample"):
         emptied = empty(source, target, 1)
@@ -114,11 +114,11 @@ def test_only_the_body_goes():
         lines = iter(source.splitlines())
         assert all(line in lines for line in kept) and len(kept) < len(
             source.splitlines()
-        )  # in their order, nothing new
+        )  # in the same order, nothing new
 
 
 def test_the_students_own_tree_is_never_touched(tmp_path):
-    """The copy goes to a new folder outside, or nowhere: neither over a half-done exercise nor into the project."""
+    """The copy goes only to a new folder outside the project. It never overwrites a half-done exercise."""
 
     def run(*words) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "tests.exercise", *map(str, words)]

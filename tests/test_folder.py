@@ -1,4 +1,4 @@
-"""A run's folder: nothing half-written under a final name, no other run continued, no file of anybody else touched."""
+"""A run's folder: no half-written file under a final name, no other run continued, no unrelated file touched."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def names(folder) -> list[str]:
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, error):
-    """A full disk or Ctrl-C may lose the new text, never the old one."""
+    """A full disk or Ctrl-C may lose the new text, but never the old."""
     write_text("old", tmp_path / "file")
 
     def fail(unfinished):
@@ -36,8 +36,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
 
 
 def test_what_a_killed_process_left_goes_when_the_stage_is_finished_and_nothing_else(tmp_path):
-    """SIGKILL in the midst of a save leaves a folder behind. The next attempt removes it, and no file or
-    folder that this project did not make, whatever it is called."""
+    """SIGKILL during a save leaves a folder behind. The next attempt removes it, but no file or folder that this
+    project did not make, whatever its name."""
     ours = tmp_path / "sft.unfinished-abc123"
     (ours / "sft").mkdir(parents=True)
     (ours / "sft" / "config.json").write_text("half")
@@ -62,11 +62,11 @@ def test_what_a_killed_process_left_goes_when_the_stage_is_finished_and_nothing_
 
 
 def test_two_processes_that_make_the_same_do_not_meet(tmp_path):
-    """A second run in one folder makes the same stage. Whoever is first keeps its result whole."""
+    """A second run in the same folder makes the same stage. The first to finish keeps its complete result."""
 
     def slow(unfinished):
         unfinished.mkdir()
-        write_beside(tmp_path / "sft", fast)  # the other run overtakes
+        write_beside(tmp_path / "sft", fast)  # the other run finishes first
         (unfinished / "from").write_text("slow")
 
     def fast(unfinished):
@@ -79,7 +79,7 @@ def test_two_processes_that_make_the_same_do_not_meet(tmp_path):
 
 
 def test_other_numbers_problems_or_weights_are_refused_by_name(tmp_path):
-    """Mixing stages of two settings in one folder would be a result of neither."""
+    """A folder that mixed stages of two settings would be a result of neither."""
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
     folder = tmp_path / "run"
@@ -97,22 +97,22 @@ def test_other_numbers_problems_or_weights_are_refused_by_name(tmp_path):
 
 
 def test_the_same_weights_may_lie_elsewhere(tmp_path):
-    """Identity is content: a copy of the checkpoint in another folder is the same base."""
+    """Weights are identified by content: a copy of the checkpoint in another folder is the same base."""
     shutil.copytree(BASE, tmp_path / "copy")
     open_folder(tmp_path / "run", NUMBERS, "L", BASE)
     open_folder(tmp_path / "run", NUMBERS, "L", tmp_path / "copy")
 
 
 def test_more_rounds_and_other_limits_continue_a_run(tmp_path):
-    """The advice to lower a batch size must be possible to follow without starting all over."""
+    """A user who is advised to lower a batch size must not have to start over."""
     open_folder(tmp_path, NUMBERS, "L", BASE)
     for name in MAY_CHANGE:
         open_folder(tmp_path, NUMBERS | {name: 7}, "L", BASE)
 
 
 def test_files_that_stand_where_the_runs_would_are_not_taken_for_results(tmp_path):
-    """A folder called warm-up that no run made is not a finished warm-up. Anything else may lie there:
-    a fresh disk has a lost+found."""
+    """A folder called warm-up that no run made is not a finished warm-up. Other files are allowed: a new
+    disk has a lost+found."""
     (tmp_path / "lost+found").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     open_folder(tmp_path / ".", NUMBERS, "L", BASE)
@@ -132,8 +132,8 @@ def test_a_damaged_config_is_one_sentence(tmp_path, text):
 
 
 def test_the_log_forgets_what_was_not_finished(tmp_path):
-    """A stage that is made again is logged again: its lines must not stand there twice, and the line in
-    whose midst the process was killed must not end the next start."""
+    """A stage that is repeated is logged again: its lines must not appear twice. A line left incomplete by a
+    killed process must not make the next start fail."""
     open_folder(tmp_path, NUMBERS, "L", BASE)
     (tmp_path / "warm-up").mkdir()
     (tmp_path / "warm-up" / "sft").mkdir()

@@ -1,4 +1,4 @@
-"""What differs on a GPU: the recorded step, bf16, other kernels. Without one only the first test runs."""
+"""What differs on a GPU: the recorded step, bf16, other kernels. Without a GPU only the first test runs."""
 
 import copy
 from functools import partial
@@ -24,8 +24,8 @@ OPTIONS = [
 
 
 def test_a_step_never_looks_at_a_number():
-    """On meta tensors, which have shapes but no content, all of a step goes through: a recording may hold
-    it, for nothing in it is fetched from the GPU."""
+    """A step runs completely on meta tensors, which have shapes but no content. So it fetches nothing from
+    the GPU and can be recorded."""
     with torch.device("meta"), torch.inference_mode():
         net = T5(SIZES["base"]).eval()
         cache = KVCache(net, 5, 40, 17)
@@ -35,7 +35,7 @@ def test_a_step_never_looks_at_a_number():
 
 @pytest.fixture
 def on_gpu(model):  # noqa: F811
-    """The small model there, and back afterwards."""
+    """The small model on the GPU, moved back afterwards."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     yield model.cuda()
@@ -45,7 +45,7 @@ def on_gpu(model):  # noqa: F811
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gpu_recorded_steps_write_what_eager_ones_write(on_gpu, tokenizer, monkeypatch, options):  # noqa: F811
-    """In fp32 the recording runs the kernels that the same step runs by itself: not a letter may differ."""
+    """In fp32 the recording runs the same kernels as the eager step: the texts must be identical."""
     options = options | {"max_new_tokens": 40, "batch_size": 4}
     recorded = generate(on_gpu, tokenizer, QUESTIONS, **options)
     monkeypatch.setattr(decode, "record_step", lambda net, cache: net.step)
@@ -57,7 +57,7 @@ def test_gpu_recorded_steps_write_what_eager_ones_write(on_gpu, tokenizer, monke
 
 @pytest.mark.gpu
 def test_gpu_texts_in_bf16_are_mostly_those_of_fp32(on_gpu, tokenizer):  # noqa: F811
-    """bf16 flips near-ties only; a mask or bias that bf16 cannot hold would change every text."""
+    """bf16 flips near-ties only; a mask or bias that bf16 cannot represent would change every text."""
     expected = generate(on_gpu, tokenizer, QUESTIONS, max_new_tokens=40)
     half = copy.deepcopy(on_gpu).bfloat16()
     for batch_size in (1, 4, 32):
@@ -73,7 +73,7 @@ def loss_in(net: T5, loss_of, items: list, bf16: bool) -> torch.Tensor:
 
 @pytest.mark.gpu
 def test_gpu_losses_are_those_of_the_cpu(on_gpu):  # noqa: F811
-    """The same batch in bf16 autocast over fp32 weights: within bf16's three digits."""
+    """The same batch, in fp32 and in bf16 autocast over fp32 weights, agrees within bf16's three digits."""
     pairs = [
         PairExample([5, 6, 7, 1], [8, 9, 10, 1], [11, 12, 1]),
         PairExample([5, 1], [8, 1], [9, 9, 9, 1]),
@@ -90,8 +90,8 @@ def test_gpu_losses_are_those_of_the_cpu(on_gpu):  # noqa: F811
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [5, 64, 192])
 def test_gpu_gradients_are_those_of_the_cpu(on_gpu, length):  # noqa: F811
-    """Lengths of 64 and 192 gave NaN in one of torch's attention kernels (pytorch #196678); ours is
-    written out. fp32 to rounding, bf16 to some percent of a matrix's norm."""
+    """One of torch's attention kernels gave NaN at lengths 64 and 192 (pytorch #196678); ours is written
+    out. Gradients agree up to rounding in fp32, and within 10 % of a matrix's norm in bf16."""
     ids = [*range(2, length + 1), EOS_ID]
     examples = [Example(ids, ids[::-1][: length // 2] + [EOS_ID]), Example(ids[length // 2 :], ids)]
 
@@ -112,7 +112,7 @@ def test_gpu_gradients_are_those_of_the_cpu(on_gpu, length):  # noqa: F811
 
 @pytest.mark.gpu
 def test_gpu_a_whole_run(on_gpu, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """Every stage of both methods."""
+    """Every stage of both methods runs on a GPU."""
     flags = "--limit 24 --rounds 1 --sft-epochs 1 --dpo-steps 2 --device cuda --out".split()
     monkeypatch.setattr("sys.argv", ["run.py", *flags, str(tmp_path / "run")])
     run.main()

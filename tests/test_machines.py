@@ -1,4 +1,4 @@
-"""What people's machines, files and command lines do to a run: it works, or says in one sentence what is wrong."""
+"""On any machine, with any files and command line, a run works or says in one sentence what is wrong."""
 
 import random
 import shutil
@@ -26,7 +26,7 @@ NAMES = Problem(
 
 
 def shell(text: str) -> subprocess.CompletedProcess:
-    """A line of bash, in which {python} stands for this Python."""
+    """Run a line of bash in which {python} is this Python."""
     line = text.format(python=sys.executable)
     return subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
 
@@ -38,7 +38,7 @@ def write_problems(path, problems) -> str:
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory):
-    """The folder of a brief run on a machine with nothing odd about it."""
+    """The folder of a short run under normal conditions."""
     out = tmp_path_factory.mktemp("usual") / "run"
     result = command(*BRIEF, "--out", out)
     assert result.returncode == 0, result.stderr
@@ -46,7 +46,7 @@ def usual(tmp_path_factory):
 
 
 def test_an_answer_waits_for_no_compiler():
-    """Whoever asks decode.py one question waits for its imports alone: torch's compiler would double them."""
+    """A single question to decode.py waits only for the imports: torch's compiler would double their time."""
     question = "import sys, decode; decode.main(); assert 'torch._dynamo' not in sys.modules"
     result = shell(f'{{python}} -c "{question}" "How many are 2 + 4?"')
     assert result.returncode == 0, result.stderr
@@ -57,15 +57,16 @@ def test_an_answer_waits_for_no_compiler():
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_a_run_needs_no_standard_stream(closed, usual, tmp_path):
-    """Schedulers and services start programs with streams closed; the next file that is opened then has their number."""
+    """Schedulers and services start programs with closed streams; the next files opened then get their
+    numbers."""
     result = shell(f"{{python}} run.py {' '.join(BRIEF)} --out '{tmp_path}/run' {closed}")
     assert result.returncode == 0, result.stderr
     ours, theirs = hashes(tmp_path / "run"), hashes(usual)
-    assert {name for name in ours if ours[name] != theirs[name]} == {"config.json"}  # its --out
+    assert {name for name in ours if ours[name] != theirs[name]} == {"config.json"}  # has --out
 
 
 def test_answers_need_no_standard_input_and_no_reader():
-    """`decode.py` in a pipeline: input closed, output read for one line only, or not at all."""
+    """`decode.py` in a pipeline: with standard input closed, or with output that is not read."""
     result = shell("{python} decode.py 'Tom has 3 pens. He buys 4 more. How many now?' <&- 2>&-")
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
     result = shell("{python} decode.py 'Tom has 3 pens.' 'Ida has 2.' 'Ben has 1.' | true")
@@ -73,7 +74,7 @@ def test_answers_need_no_standard_input_and_no_reader():
 
 
 def test_a_reader_who_leaves_is_told_how_to_go_on(tmp_path):
-    """`run.py | head -1` looks harmless; the run ends at its next line, and keeps what was finished."""
+    """`run.py | head -1` looks harmless; the run stops at its next line and keeps its finished stages."""
     result = shell(f"{{python}} run.py {' '.join(BRIEF)} --out '{tmp_path}/run' | head -1")
     assert result.stderr.startswith("run.py: stopped, for nobody reads")
     assert command(*BRIEF, "--out", tmp_path / "run").returncode == 0
@@ -83,7 +84,7 @@ def test_a_reader_who_leaves_is_told_how_to_go_on(tmp_path):
 
 
 def test_problems_come_from_pipes_too(tmp_path):
-    """`--labeled <(head -100 all.jsonl)` is how people cut a file."""
+    """`--labeled <(head -100 all.jsonl)` is how people use part of a file."""
     problems = write_problems(tmp_path / "l.jsonl", [SUM])
     tests = write_problems(tmp_path / "t.jsonl", [NEW])
     result = shell(
@@ -97,7 +98,7 @@ def test_problems_come_from_pipes_too(tmp_path):
 @pytest.mark.parametrize("answer", ["Łukasz", "Ana ☃", "A × B"])
 @pytest.mark.parametrize("place", ["labeled", "unlabeled", "test"])
 def test_answers_that_the_vocabulary_cannot_spell_are_refused(answer, place, tmp_path):
-    """No model could write them, so such a problem would be wrong for ever without a word."""
+    """No model could write them, so such a problem would silently be wrong forever."""
     problems = {"labeled": NAMES, "unlabeled": NAMES, "test": Problem("Who is tall?", "Ana")}
     rationale = f"Ana is taller.\n#### {answer}" if place == "labeled" else None
     problems[place] = Problem(f"The {place} one: who?", answer, rationale)
@@ -111,7 +112,7 @@ def test_answers_that_the_vocabulary_cannot_spell_are_refused(answer, place, tmp
 
 
 def test_a_runs_folder_given_as_a_model_is_named(usual):
-    """The folder that a run prints first is the run's; models lie within."""
+    """The first folder that a run prints is its own; the models are inside it."""
     result = shell(f"{{python}} decode.py --checkpoint '{usual}' 'Tom has 3 pens.'")
     assert result.returncode != 0 and "is a run: give a model in it" in result.stderr
 
@@ -120,14 +121,14 @@ def test_a_runs_folder_given_as_a_model_is_named(usual):
     "rationale", ["2 + 4 = 6\n#####6", "2 + 4 = 6\n####\t6", "2 + 4 = 6 ####6"]
 )
 def test_a_rationale_that_would_be_learned_and_counted_wrong_is_refused(rationale, tmp_path):
-    """The reader of a file is more lenient than the rule that grades what a model writes."""
+    """The file reader is more lenient than the rule that grades a model's rationales."""
     words = [
         *BRIEF, "--labeled", write_problems(tmp_path / "l", [replace(SUM, rationale=rationale)]),
         "--test", f"t={write_problems(tmp_path / 't', [NEW])}", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
     code, said = main_in_this_process(*words)
     assert code == 0 or (code == 2 and "must end in '#### 6" in said)
-    if code == 0:  # then it was respelled
+    if code == 0:  # then it was reformatted
         labeled, _, _ = run.load_data(run.parse_args(words))
         assert is_correct(labeled[0].rationale, 6.0)
 
@@ -136,20 +137,21 @@ def test_a_rationale_that_would_be_learned_and_counted_wrong_is_refused(rational
     "name", ["stage", "dev without calculator", "a|b", "two\nlines", "caf\udce9"]
 )
 def test_names_that_a_table_or_a_log_cannot_hold_are_refused(name, tmp_path):
-    """`stage` in the log is the path of what was made; the other names broke the closing table, or the run at its end."""
+    """`stage` in the log is the path of the result; the other names broke the final table, or the run at
+    its end."""
     code, said = main_in_this_process("--test", f"{name}={tmp_path}/t", "--labeled", "l")
     assert code == 2 and "with another name than" in said
 
 
 def test_leakage_is_found_whatever_unicode_form_a_question_has():
-    """The model reads both as the same ids."""
+    """The model reads both forms as the same ids."""
     typed, composed = Problem("Zoe\u0308 has ３ pens?", 3.0), Problem("Zoë has 3 pens?", 3.0)
     with pytest.raises(ValueError, match="trained on"):
         check_leakage([typed], [], {"t": [composed]})
 
 
 def test_a_question_that_the_model_cannot_read_whole_is_named():
-    """The answer would be to another question."""
+    """The model would answer a different question."""
     result = shell("{python} decode.py '3 ☃ and 4?' " + "'" + "Ana has 3 nuts. " * 60 + "?'")
     assert (
         result.returncode == 0 and result.stderr.count("unknown characters, in this question") == 2
@@ -162,7 +164,7 @@ def test_a_question_that_the_model_cannot_read_whole_is_named():
 @pytest.mark.parametrize("file", ["samples-for-labels.jsonl", "evaluation.jsonl"])
 @pytest.mark.parametrize("change", ["emptied", "reversed", "shortened"])
 def test_rows_that_were_changed_are_not_joined_with_other_problems(usual, file, change, tmp_path):
-    """They are matched by position, so another order would give every question its neighbour's answers."""
+    """Rows are matched by position, so in a different order questions would get the answers of others."""
     shutil.copytree(usual, tmp_path / "run")
     path = tmp_path / "run" / "dpo-st" / "round-1" / file
     rows = read_jsonl(path)
@@ -174,7 +176,7 @@ def test_rows_that_were_changed_are_not_joined_with_other_problems(usual, file, 
 
 
 def test_a_log_with_lines_of_others_is_no_obstacle(usual, tmp_path):
-    """Half a line of a killed run, or whatever an editor has left."""
+    """A killed run may leave half a line, and an editor may leave anything."""
     shutil.copytree(usual, tmp_path / "run")
     with open(tmp_path / "run" / "log.jsonl", "ab") as file:
         file.write(b'[1]\n{"a": 1}\n{"stage": 5}\n\xff\n{"sta')
@@ -184,7 +186,7 @@ def test_a_log_with_lines_of_others_is_no_obstacle(usual, tmp_path):
 
 
 def test_the_slower_of_two_runs_in_one_folder_takes_what_is_there(tmp_path):
-    """The faster one has finished the same stage and cleared the other's unfinished work away."""
+    """The faster one has finished the same stage and removed the other's unfinished work."""
 
     def overtaken(unfinished):
         (tmp_path / "x.jsonl").write_text("the faster one's")
@@ -199,7 +201,7 @@ def test_the_slower_of_two_runs_in_one_folder_takes_what_is_there(tmp_path):
 
 
 def test_more_processes_than_work(usual, tmp_path):
-    """Two problems, four processes: those without a share join every exchange all the same."""
+    """Two problems, four processes: those without work must still join every exchange."""
     process = start(4, "run.py", *BRIEF, "--out", tmp_path / "four")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -213,8 +215,9 @@ def test_more_processes_than_work(usual, tmp_path):
 
 
 def test_any_command_line_ends_in_success_or_in_one_sentence(tmp_path, monkeypatch, slow):
-    """Random flags with random values, sensible and not; 60 of them, with --slow 2,000. A traceback would be raised here."""
-    monkeypatch.setenv("DPO_ST_GITHUB", "http://127.0.0.1:9")  # nobody answers there
+    """60 command lines (2,000 with --slow) of random flags and values, sensible or not. Any exception would fail
+    this test."""
+    monkeypatch.setenv("DPO_ST_GITHUB", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("DPO_ST_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Flan-T5 must be the public model to the last digit: by hand, against itself, against transformers, and on disk."""
+"""Flan-T5 must match the public model: checks by hand, against itself, against transformers, and on disk."""
 
 import copy
 import dataclasses
@@ -27,7 +27,7 @@ from model import (
     shift_right,
 )
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # the oracle must not look anything up
+os.environ["HF_HUB_OFFLINE"] = "1"  # the oracle must not go online
 CONFIG = T5Config(d_model=24, d_ff=40, n_heads=3, n_layers=2, d_kv=8, vocab_size=60)
 PARAMETERS = {
     "small": 76_961_152,
@@ -41,7 +41,7 @@ EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tok
 
 @torch.no_grad()
 def disturb(net: nn.Module) -> nn.Module:
-    """Give norms and position biases values that matter; fresh ones (1 and nearly 0) would hide their misuse."""
+    """Randomize norms and position biases; their initial values (1 and nearly 0) would hide their misuse."""
     for name, parameter in net.named_parameters():
         if "norm" in name:
             parameter.normal_(1, 0.3)
@@ -68,21 +68,21 @@ def distance_between(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
-# ------------------------------------------------------------------------------------------------------ the pieces
+# ------------------------------------------------------------------------------------------------------ components
 
 
 @pytest.mark.parametrize(
     "bidirectional, distance, bucket",
-    # Encoder: 16 buckets each way, 8 of them exact; then 8 + floor(8 * log(d/8) / log(16)), keys to the right 16 higher.
+    # Encoder: 16 buckets per direction, 8 of them exact; then 8 + floor(8 * log(d/8) / log(16)); keys to the right: + 16.
     [(True, 0, 0), (True, -1, 1), (True, -7, 7), (True, -8, 8), (True, -16, 10), (True, -32, 12), (True, -64, 14),
      (True, -127, 15), (True, -128, 15), (True, -5000, 15), (True, 1, 17), (True, 7, 23), (True, 8, 24), (True, 11, 24),
      (True, 12, 25), (True, 64, 30), (True, 128, 31), (True, 5000, 31),
-     # Decoder: all 32 for the past, 16 exact; then 16 + floor(16 * log(d/16) / log(8)); the future counts as now.
+     # Decoder: 32 buckets for the past, 16 of them exact; then 16 + floor(16 * log(d/16) / log(8)); the future gets bucket 0.
      (False, 0, 0), (False, -1, 1), (False, -15, 15), (False, -16, 16), (False, -20, 17), (False, -32, 21),
      (False, -64, 26), (False, -127, 31), (False, -128, 31), (False, -5000, 31), (False, 1, 0), (False, 100, 0)],
 )  # fmt: skip
 def test_buckets_worked_by_hand(bidirectional, distance, bucket):
-    """A sign or an off-by-one here moves every attention score a little: the model still talks, only worse."""
+    """A wrong sign or an off-by-one error shifts every attention score slightly: the model still writes text, but worse."""
     assert relative_position_bucket(torch.tensor([distance]), bidirectional).item() == bucket
 
 
@@ -103,21 +103,21 @@ def bucket_in_integers(distance: int, bidirectional: bool, n: int, far: int) -> 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_buckets_equal_a_definition_in_whole_numbers(bidirectional):
-    """Logarithms in fp32 may fall just below a border (64 -> 13.9999); whole numbers cannot."""
+    """An fp32 logarithm may fall just below a bucket boundary (64 -> 13.9999); integer arithmetic cannot."""
     distances = torch.arange(-700, 701)
     ours = relative_position_bucket(distances, bidirectional).tolist()
     assert ours == [bucket_in_integers(d, bidirectional, 32, 128) for d in distances.tolist()]
 
 
 def test_norm_by_hand():
-    """Root mean square of (3, 4) is sqrt(12.5); a LayerNorm would first subtract the mean."""
+    """The root mean square of (3, 4) is sqrt(12.5); a LayerNorm would first subtract the mean."""
     norm = RMSNorm(dataclasses.replace(CONFIG, d_model=2, epsilon=0.0))
     norm.weight.data = torch.tensor([1.0, 10.0])
     assert torch.allclose(norm(torch.tensor([[3.0, 4.0]])), torch.tensor([[3, 40]]) / 12.5**0.5)
 
 
 def test_norm_computes_in_fp32():
-    """In bf16 the mean of squares keeps 8 bits; T5's residual stream is too large for that."""
+    """In bf16 the mean of squares keeps 8 bits, too few for T5's large residual stream."""
     norm = RMSNorm(dataclasses.replace(CONFIG, d_model=512))
     x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)) * 300
     exact = norm(x.bfloat16().float())
@@ -126,7 +126,7 @@ def test_norm_computes_in_fp32():
 
 
 def test_labels_shift_right_by_one():
-    """The decoder predicts label t from labels before t; ignored positions must become an id that can be embedded."""
+    """The decoder predicts label t from the labels before t; ignored positions must become a valid id."""
     labels = torch.tensor([[5, 6, 1], [7, 1, -100]])
     assert shift_right(labels).tolist() == [[0, 5, 6], [0, 7, 1]]
     assert labels[1, 2] == -100  # the loss still needs it
@@ -134,14 +134,14 @@ def test_labels_shift_right_by_one():
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_parameter_counts_are_those_of_the_public_models(size):
-    """An untied head, one bias table per stack and no linear biases: any other reading changes the count."""
+    """Flan-T5 has an untied head, one bias table per stack and no linear biases; anything else changes the count."""
     with torch.device("meta"):
         net = T5(SIZES[size])
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[size]
 
 
 def test_sizes_are_those_of_the_public_configs(shared):
-    """The counts above cannot tell d_kv from n_heads; the public files can."""
+    """The counts above do not fix every number; the public config files do."""
     for size, public in json.loads((shared / "flan-t5/configs.json").read_text()).items():
         ours, theirs = SIZES[size], public["config"]
         assert (
@@ -178,11 +178,11 @@ def test_sizes_are_those_of_the_public_configs(shared):
             assert len(list(T5(ours).parameters())) == public["parameter_tensors"]
 
 
-# -------------------------------------------------------------------------------------------------- agreeing with itself
+# ------------------------------------------------------------------------------------------------------ self-consistency
 
 
 def test_a_batch_equals_one_by_one(model):
-    """Every row must be blind to its neighbours, on both sides: lengths differ in source and target."""
+    """No row may depend on its neighbours, in the encoder or the decoder: source and target lengths differ."""
     sources, targets = [3, 17, 1, 9], [8, 2, 5, 6]
     input_ids, mask = ragged(sources, 60)
     decoder_ids, _ = ragged(targets, 60, seed=1)
@@ -195,7 +195,7 @@ def test_a_batch_equals_one_by_one(model):
 
 
 def test_padding_changes_no_logit(model):
-    """Not its amount, nor which ids stand there: a mask of -1e4, or one added after softmax, would let some through."""
+    """Neither the amount of padding nor its ids may matter: a mask of -1e4, or one added after softmax, would leak."""
     input_ids, mask = ragged([7, 4], 60)
     decoder_ids, _ = ragged([6, 6], 60, seed=1)
     expected = model(input_ids, mask, decoder_ids)
@@ -219,9 +219,9 @@ def test_the_decoder_does_not_see_the_future(model):
 
 @torch.no_grad()
 def replay(net: T5, jobs: list[tuple[list[int], list[int]]], n_slots: int, longest: int) -> tuple:
-    """Feed (source ids, decoder ids) jobs through `step`, a freed slot to the next job.
+    """Feed (source ids, decoder ids) jobs through `step`; a freed slot takes the next job.
 
-    Return the logits of each job, and how many steps it took.
+    Return the logits of each job and the number of steps.
     """
     cache = KVCache(net, n_slots, longest, max(len(source) for source, _ in jobs))
     waiting = list(range(len(jobs)))
@@ -249,8 +249,8 @@ def replay(net: T5, jobs: list[tuple[list[int], list[int]]], n_slots: int, longe
 
 @pytest.mark.parametrize("n_slots, longest", [(1, 12), (3, 40), (3, 150), (4, 12)])
 def test_cached_steps_equal_the_full_pass_at_every_position(model, n_slots, longest):
-    """Slots start at different times, get new tenants, stand idle at the end, and meet distances beyond
-    the last bucket (150): a wrong column, bias, mask or length shows at some position of some row."""
+    """Slots start at different times, are reused, sit idle at the end, and reach distances beyond the last
+    bucket (150): a wrong column, bias, mask or length changes the logits at some position of some row."""
     rng = random.Random(longest)
     jobs = []
     for _ in range(20):
@@ -258,7 +258,7 @@ def test_cached_steps_equal_the_full_pass_at_every_position(model, n_slots, long
         jobs.append((source, [0] + [rng.randrange(3, 60) for _ in range(rng.randrange(longest))]))
     jobs.append(([5, 6], [0] + [7] * (longest - 1)))  # one as long as the cache allows
     cached, steps = replay(model, jobs, n_slots, longest)
-    assert steps > 2 * longest  # slots have had several tenants
+    assert steps > 2 * longest  # slots have been reused several times
     for (source, target), logits in zip(jobs, cached, strict=True):
         ids = torch.tensor([source])
         full = model(ids, torch.ones_like(ids), torch.tensor([target]))[0]
@@ -267,8 +267,8 @@ def test_cached_steps_equal_the_full_pass_at_every_position(model, n_slots, long
 
 @torch.no_grad()
 def test_a_slot_without_work_never_leaves_its_cache(model):
-    """A finished row keeps counting until the batch ends, on a GPU for hundreds of steps: what it writes
-    must stay within its own columns, and its neighbour must not notice."""
+    """A finished row keeps counting until the batch ends, on a GPU for hundreds of steps: its writes must
+    stay within its own columns and must not affect its neighbour."""
     ids = torch.tensor([[3, 4, 5]])
     cache = KVCache(model, 2, 6, 3)
     cache.admit([0, 1], model, [*model.encode(ids, torch.ones_like(ids))] * 2)
@@ -282,7 +282,7 @@ def test_a_slot_without_work_never_leaves_its_cache(model):
 
 @torch.no_grad()
 def test_dropping_idle_slots_leaves_the_others_alone(model):
-    """`keep` shrinks the batch in mid-sequence: each remaining slot must keep its own keys, question and length."""
+    """`keep` shrinks the batch mid-sequence: each remaining slot must keep its own keys, question and length."""
     sources = [[3, 4, 5], [6], [7, 8, 9, 10]]
     targets = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(2))
     cache = KVCache(model, 3, 9, 4)
@@ -311,7 +311,7 @@ def outputs(net: T5) -> torch.Tensor:
 
 
 def test_dropout_only_while_training(model):
-    """Dropout left on would make rationales and DPO's log-probabilities random; left off, SFT would overfit sooner."""
+    """With dropout on, rationales and DPO's log-probabilities would be random; without it, SFT would overfit sooner."""
     net = copy.deepcopy(model)
     assert torch.equal(outputs(net), outputs(net))
     net.train()
@@ -321,8 +321,8 @@ def test_dropout_only_while_training(model):
 
 
 def test_dropout_stands_where_t5_has_it(model):
-    """Both embeddings and both final norms, every residual branch, inside every feed-forward layer, and
-    on the weights of every attention."""
+    """Dropout follows both embeddings, both final norms and every residual branch; it is also inside every
+    feed-forward layer and on the weights of every attention."""
     net, calls = copy.deepcopy(model), []
     for part in net.modules():
         if isinstance(part, nn.Dropout):
@@ -332,11 +332,11 @@ def test_dropout_stands_where_t5_has_it(model):
     assert len(calls) == 2 + 2 + n_layers * (2 + 1 + 1) + n_layers * (3 + 1 + 2)
 
 
-# ------------------------------------------------------------------------------------------- agreeing with transformers
+# ------------------------------------------------------------------------------------------ agreement with transformers
 
 
 def same_shape_as(transformers, **numbers):
-    """A random public model, untied, with norms and biases that matter and logits of a trained model's size."""
+    """A random, untied transformers model with randomized norms and biases, and logits as large as a trained model's."""
     config = transformers.T5Config(
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
@@ -355,7 +355,7 @@ BASE = dict(vocab_size=32128, d_model=768, d_ff=2048, num_layers=12, num_heads=1
 
 @pytest.fixture(scope="module", params=["mini", "small", "base"])
 def pair(request, tmp_path_factory):
-    """(name, the public library's model, ours, both loaded from the same folder)."""
+    """(name, the transformers model, our model), both models from the same folder."""
     transformers = pytest.importorskip("transformers")
     if request.param == "mini":
         folder = request.getfixturevalue("shared") / "mini-flan-t5"
@@ -373,7 +373,7 @@ def pair(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Ragged questions, the longest beyond the last bucket, and ragged labels."""
+    """Ragged questions, the longest reaching beyond the last bucket, and ragged labels."""
     input_ids, mask = ragged([7, 150, 31], 32100, seed=3)
     labels, label_mask = ragged([12, 3, 8], 32100, seed=4)
     return input_ids, mask, labels.masked_fill(label_mask == 0, -100)
@@ -386,7 +386,7 @@ def our_loss(net: T5, input_ids, mask, labels):
 
 @torch.no_grad()
 def test_states_logits_and_loss_equal_the_public_librarys(pair, batch):
-    """The oracle: same checkpoint, same ids, same numbers."""
+    """Given the same checkpoint and ids, our model must compute the same numbers as transformers."""
     _, theirs, ours = pair
     input_ids, mask, labels = batch
     expected = theirs(input_ids=input_ids, attention_mask=mask, labels=labels)
@@ -398,12 +398,12 @@ def test_states_logits_and_loss_equal_the_public_librarys(pair, batch):
     logits, loss = our_loss(ours, input_ids, mask, labels)
     assert (
         distance_between(logits, expected.logits) < 1e-4
-    )  # padding's logits included: their inputs are the same
+    )  # including the logits of padding: their inputs are the same
     assert abs(loss - expected.loss) < 1e-5 * max(1, expected.loss)
 
 
 def gradients_under_public_names(net: T5, folder) -> dict[str, torch.Tensor]:
-    """Write the gradients in the weights' places and save: the checkpoint's names are then theirs."""
+    """Save the gradients as if they were weights, so that they get the checkpoint's names."""
     gradients = T5(net.config)
     gradients.load_state_dict({name: parameter.grad for name, parameter in net.named_parameters()})
     save_flan_t5(gradients, folder)
@@ -412,7 +412,7 @@ def gradients_under_public_names(net: T5, folder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("pair", ["mini", "small"], indirect=True)  # base is the same code, larger
 def test_every_gradient_equals_the_public_librarys(pair, batch, tmp_path):
-    """Training must move each weight as the public model would: a detached bias or norm passes every forward test."""
+    """Training must update each weight as transformers would: a detached bias or norm passes every forward test."""
     _, theirs, ours = pair
     input_ids, mask, labels = batch
     theirs(input_ids=input_ids, attention_mask=mask, labels=labels).loss.backward()
@@ -429,7 +429,7 @@ def test_every_gradient_equals_the_public_librarys(pair, batch, tmp_path):
 @pytest.mark.parametrize("pair", ["mini", "small"], indirect=True)  # base is the same code, larger
 @torch.no_grad()
 def test_the_public_library_loads_what_we_save(pair, batch, tmp_path):
-    """A checkpoint is a gift to the next user's tools: no missing key, none left over, the same logits."""
+    """Other tools must be able to read our checkpoints: no missing key, no unexpected key, the same logits."""
     _, theirs, ours = pair
     save_flan_t5(ours, tmp_path)
     back, report = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
@@ -451,7 +451,7 @@ def test_the_public_library_loads_what_we_save(pair, batch, tmp_path):
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_shards_written_by_the_public_library_load(tmp_path, safe):
-    """xl and xxl come in shards with an index that the public library wrote."""
+    """The xl and xxl checkpoints are sharded, with an index written by transformers."""
     transformers = pytest.importorskip("transformers")
     theirs = same_shape_as(
         transformers, vocab_size=60, d_model=24, d_ff=40, num_layers=2, num_heads=3, d_kv=8
@@ -474,7 +474,7 @@ def read(folder) -> dict[str, torch.Tensor]:
 
 
 def write(folder, tensors: dict, kind: str = "bin", shards: int = 1) -> None:
-    """Store tensors in one of the public layouts, in place of what is there."""
+    """Store tensors in one of the public layouts, replacing the existing files."""
     if kind == "safetensors":
         pytest.importorskip("safetensors")
     for old in (*folder.glob("*.bin"), *folder.glob("*.safetensors"), *folder.glob("*.index.json")):
@@ -503,7 +503,7 @@ def write(folder, tensors: dict, kind: str = "bin", shards: int = 1) -> None:
 
 @pytest.fixture
 def folder(model, tmp_path):
-    """A sound checkpoint of the small random model, to be loaded or spoilt."""
+    """A valid checkpoint of the small random model, to be loaded or damaged."""
     save_flan_t5(model, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
@@ -517,7 +517,7 @@ def equal(a: T5, b: T5) -> bool:
 @pytest.mark.parametrize("kind", NAME)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_every_layout_loads_the_same_model(model, folder, kind, shards):
-    """.bin or .safetensors, one file or shards: users have any of the four."""
+    """.bin or .safetensors, one file or shards: users may have any of the four."""
     write(folder, read(folder), kind, shards)
     loaded = load_flan_t5(folder)
     assert equal(loaded, model) and not loaded.training
@@ -530,7 +530,7 @@ def test_every_layout_loads_the_same_model(model, folder, kind, shards):
 @pytest.mark.parametrize("kind", NAME)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_storage_type_loads_as_fp32(model, folder, kind, stored):
-    """Public copies exist in half precision; the values must be those stored, the computing is done in fp32."""
+    """Some public copies are in half precision: the stored values must be kept, and computation is in fp32."""
     write(folder, {name: tensor.to(stored) for name, tensor in read(folder).items()}, kind)
     loaded = load_flan_t5(folder)
     for a, b in zip(loaded.parameters(), model.parameters()):
@@ -542,7 +542,7 @@ def test_every_storage_type_loads_as_fp32(model, folder, kind, stored):
 )
 @pytest.mark.parametrize("shards", [1, 2])
 def test_the_embedding_loads_under_each_of_its_names(model, folder, names, shards):
-    """.bin files hold it under three names on one storage, small safetensors files under one."""
+    """.bin files store the embedding under three names that share memory, small safetensors files under one."""
     tensors = read(folder)
     table = tensors.pop("shared.weight")
     write(folder, tensors | dict.fromkeys(names, table), "bin", shards)
@@ -550,7 +550,7 @@ def test_the_embedding_loads_under_each_of_its_names(model, folder, names, shard
 
 
 def test_a_name_in_the_index_may_be_absent_from_its_shard(model, folder):
-    """The public xl and xxl indices list embed_tokens, of which the shards hold no copy (DATA.md)."""
+    """The public xl and xxl indices list embed_tokens, but judging by their sizes the shards hold no copy."""
     write(folder, read(folder), "bin", 2)
     index = folder / "pytorch_model.bin.index.json"
     fields = json.loads(index.read_text())
@@ -560,8 +560,8 @@ def test_a_name_in_the_index_may_be_absent_from_its_shard(model, folder):
 
 
 def test_a_checkpoint_of_release_5_loads(model, folder):
-    """Release 5 of the public library writes tie_word_embeddings true for every T5, and whether the head
-    is tied into a field of its own. Two different tensors are what Flan-T5 has."""
+    """Release 5 of transformers writes tie_word_embeddings true for every T5; a separate field says whether
+    the head is tied. Flan-T5 has two different tensors."""
     path = folder / "config.json"
     fields = json.loads(path.read_text()) | {"tie_word_embeddings": True}
     path.write_text(json.dumps(fields | {"scale_decoder_outputs": False}))
@@ -572,7 +572,7 @@ def test_a_checkpoint_of_release_5_loads(model, folder):
 
 
 def test_saving_and_loading_is_lossless(model, folder):
-    """A stage is resumed from its checkpoint: the same bytes, config included, and the folder may exist already."""
+    """A stage resumes from its checkpoint, which must keep every byte and the config; the folder may already exist."""
     other = T5(dataclasses.replace(CONFIG, dropout=0.25, epsilon=1e-5)).bfloat16()
     save_flan_t5(other, folder)
     assert read(folder)["shared.weight"].dtype == torch.bfloat16
@@ -581,7 +581,7 @@ def test_saving_and_loading_is_lossless(model, folder):
 
 
 def test_what_is_saved_beside_old_weights_is_what_loads_next(model, folder):
-    """.safetensors is read before .bin: a save that left the old file there would be lost without a word."""
+    """.safetensors takes precedence over .bin: if the old file stayed, the saved weights would be silently ignored."""
     for shards in (1, 3):
         write(folder, read(folder), "safetensors", shards)
         other = T5(CONFIG).eval()
@@ -590,7 +590,7 @@ def test_what_is_saved_beside_old_weights_is_what_loads_next(model, folder):
 
 
 def test_bf16_works_on_cpu(model, folder):
-    """bf16 has 8 bits: near the fp32 logits, not equal to them; cached steps in bf16 follow the same numbers."""
+    """bf16 has 8 bits of precision: its logits are only close to fp32's; cached steps are close to the bf16 full pass."""
     half = load_flan_t5(folder, torch.bfloat16)
     input_ids, mask = ragged([9, 4], 60)
     logits = half(input_ids, mask, input_ids).detach()
@@ -603,14 +603,14 @@ def test_bf16_works_on_cpu(model, folder):
 
 
 def test_fp16_is_refused(folder):
-    """T5 overflows in fp16 and would train on NaN; integers are no better."""
+    """T5 overflows in fp16 and would train on NaN; integers are not valid either."""
     for dtype in (torch.float16, torch.int64):
         with pytest.raises(ValueError, match="bfloat16"):
             load_flan_t5(folder, dtype)
 
 
 class Malicious:
-    """Unpickled by a careless loader, this makes a folder."""
+    """Unpickling this object in an unsafe loader creates a folder."""
 
     def __init__(self, path):
         self.path = path
@@ -660,7 +660,7 @@ def spoil_config(text=None, remove=(), **fields):
 
 
 def point_outside(fields, folder):
-    """A sound shard, but outside the folder: loading it would be reading where the user did not ask."""
+    """A valid shard outside the folder: loading it would read a file that the user did not ask for."""
     first = sorted(set(fields["weight_map"].values()))[0]
     shutil.move(folder / first, folder.parent / first)
     fields["weight_map"] = {
@@ -683,19 +683,19 @@ HUGE = {"d_model": 2**40, "num_heads": 2**40, "vocab_size": 10**15, "d_ff": 2**6
 
 
 def put(name: str, fields: dict):
-    """A file beside the weights that changes what they mean."""
+    """Add a file next to the weights that changes their meaning."""
     return lambda folder: (folder / name).write_text(json.dumps(fields))
 
 
 def spoil_first_weight(folder) -> None:
-    """One NaN: every answer would be empty."""
+    """Set one weight to NaN: every answer would be empty."""
     tensors = torch.load(folder / BIN, weights_only=True)
     next(iter(tensors.values())).view(-1)[0] = math.nan
     torch.save(tensors, folder / BIN)
 
 
 FAILURES = {
-    # name: (how to spoil the folder, what the sentence must name)
+    # name: (how to damage the folder, what the message must name)
     "missing tensor": (spoil_tensors(lambda t: t.pop(WO)), WO),
     "missing head": (spoil_tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight"),
     "missing embedding": (spoil_tensors(lambda t: t.pop("shared.weight")), "shared.weight"),
@@ -787,7 +787,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("spoil, culprit", FAILURES.values(), ids=FAILURES)
 def test_every_failure_is_one_sentence_that_names_the_culprit(folder, spoil, culprit):
-    """This is what the user reads after a broken download or with the wrong folder: no traceback of four libraries."""
+    """The user sees this after a broken download or with the wrong folder, not a traceback through four libraries."""
     spoil(folder)
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         load_flan_t5(folder)
@@ -796,14 +796,14 @@ def test_every_failure_is_one_sentence_that_names_the_culprit(folder, spoil, cul
 
 
 def test_a_missing_folder_is_one_sentence(tmp_path):
-    """The commonest slip of all: a mistyped --weights."""
+    """A mistyped --weights is the most common mistake."""
     with pytest.raises(ValueError, match="nowhere.*No such file"):
         load_flan_t5(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_no_code_in_a_checkpoint_is_executed(folder, tmp_path, protocol):
-    """A .bin is a pickle, which may call anything; weights_only must hold in every form of the file."""
+    """A .bin file is a pickle, which can call any function; weights_only must prevent this in every file format."""
     trap = tmp_path / "executed"
     bare = pickle.dumps({WO: Malicious(trap)}, protocol)
     (folder / BIN).write_bytes(bare)
@@ -820,8 +820,9 @@ def test_no_code_in_a_checkpoint_is_executed(folder, tmp_path, protocol):
 
 @pytest.mark.parametrize("seed", range(50))
 def test_a_damaged_folder_is_refused_or_harmless(model, folder, seed):
-    """Half-written, bit-rotten, gappy: fifty folders. A flip inside one number cannot be seen without a checksum
-    (downloads have one); anything more must be refused with one sentence, or not have touched the model."""
+    """Fifty folders with a bit flipped, or a file truncated, deleted or missing some bytes. A flip in one number
+    cannot be detected without a checksum (downloads have one); any other damage must be refused with one
+    sentence or leave the model unchanged."""
     rng = random.Random(seed)
     write(folder, read(folder), rng.choice(("bin", "safetensors")), rng.choice((1, 3)))
     victim = rng.choice(sorted(folder.iterdir()))
@@ -842,7 +843,7 @@ def test_a_damaged_folder_is_refused_or_harmless(model, folder, seed):
         assert str(refused) and "\n" not in str(refused)
         return
     changed = sum((a != b).sum().item() for a, b in zip(loaded.parameters(), model.parameters()))
-    assert changed <= (damage == "flip"), f"{damage} of {victim.name} at {at} went unseen"
+    assert changed <= (damage == "flip"), f"{damage} of {victim.name} at {at} was not detected"
     assert (
         loaded.config == model.config or victim.name == CONF
-    )  # another dropout rate is another valid config
+    )  # a different dropout rate is also a valid config

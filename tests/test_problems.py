@@ -1,4 +1,4 @@
-"""Reading and writing problems: what is refused and how, what survives, and why a reader never meets half a file."""
+"""Reading and writing problems: which input is rejected and how, and which text comes back unchanged."""
 
 import json
 from dataclasses import asdict
@@ -35,11 +35,11 @@ def load_text(tmp_path, *lines):
 
 
 def broken_lines():
-    """Some two hundred ways to spoil one good line."""
+    """Yield more than two hundred broken versions of one good line."""
     good = json.dumps(GOOD)
     yield from (
         good[:end].encode() for end in range(1, len(good), 2)
-    )  # cut short, as by a stopped download
+    )  # cut short, as by an interrupted download
     yield from (
         good.encode()[:12] + bytes([byte]) + good.encode()[13:] for byte in range(0x80, 0x100, 3)
     )  # not UTF-8
@@ -132,8 +132,8 @@ def broken_lines():
 
 
 def test_every_broken_line_is_refused_in_one_sentence_naming_file_and_line(tmp_path):
-    """A user's file fails in ways nobody listed. Whatever is wrong, the answer is one ValueError that says where to look;
-    a line accepted or skipped in silence would change the training set."""
+    """A user's file can be wrong in unforeseen ways. Every fault must raise one ValueError that says where to
+    look; a line silently accepted or skipped would change the training set."""
     lines = list(broken_lines())
     assert len(lines) > 200
     for line in lines:
@@ -146,7 +146,7 @@ def test_every_broken_line_is_refused_in_one_sentence_naming_file_and_line(tmp_p
 
 
 def test_a_file_of_another_kind_is_told_what_is_wanted(tmp_path):
-    """A table given by mistake is the commonest of wrong files; JSON's own "Expecting value" does not say of what."""
+    """The most common wrong file is a table; JSON's own "Expecting value" does not say what kind of value."""
     with pytest.raises(
         ValueError, match=r"line 1: each line must be a JSON object \(Expecting value\)"
     ):
@@ -154,7 +154,8 @@ def test_a_file_of_another_kind_is_told_what_is_wanted(tmp_path):
 
 
 def test_three_spellings_give_the_same_problem(tmp_path):
-    """Ours, GSM8K's own and the paper's split of it hold the same facts, so nothing may depend on the spelling."""
+    """Our format, GSM8K's and that of the paper's split hold the same facts, so they must give equal
+    problems."""
     rationale = "1,000+800 = <<1000+800=1800>>1800\n#### 1,800"
     problems = load_text(
         tmp_path,
@@ -172,18 +173,19 @@ def test_three_spellings_give_the_same_problem(tmp_path):
         1800,
         1800,
         1800.00001,
-    ]  # `ans` wins, within the tolerance of a correct answer
+    ]  # `ans` takes precedence, within the tolerance of a correct answer
 
 
 def test_the_answer_may_be_left_to_the_rationale(tmp_path):
-    """Written twice it could only be written wrong once."""
+    """If the answer had to be given twice, the two could disagree."""
     assert load_text(tmp_path, '{"question": "How many?", "rationale": "2+4\\n#### 6"}') == [
         Problem("How many?", 6.0, "2+4\n#### 6")
     ]
 
 
 def test_a_problem_without_rationale_is_a_question_and_a_number(tmp_path):
-    """Unlabeled problems and test sets have no rationale; an empty text instead of None would be trained on."""
+    """Unlabeled problems and test sets have no rationale; an empty string instead of None would be
+    trained on."""
     assert load_text(tmp_path, '{"question": "How many?", "ans": 6.0, "source": "elsewhere"}') == [
         Problem("How many?", 6.0)
     ]
@@ -203,7 +205,7 @@ def test_a_problem_without_rationale_is_a_question_and_a_number(tmp_path):
     ],
 )
 def test_the_number_after_the_last_mark_is_the_answer(tmp_path, text, value):
-    """GSM8K writes commas, signs and spaces as it likes; each spelling is the same number."""
+    """GSM8K uses commas, signs and spaces inconsistently; every spelling must give the same number."""
     assert (
         load_text(tmp_path, json.dumps({"question": "How many?", "answer": text}))[0].answer
         == value
@@ -221,7 +223,7 @@ def test_the_number_after_the_last_mark_is_the_answer(tmp_path, text, value):
     ],
 )
 def test_an_answer_may_be_a_short_text(tmp_path, text, value):
-    """Other reasoning tasks end in yes, a letter or a name, in the answer's field or behind the mark."""
+    """Other reasoning tasks end in yes, a letter or a name, in the answer field or after the #### mark."""
     for row in (
         {"answer": text},
         {"ans": text},
@@ -234,21 +236,21 @@ def test_an_answer_may_be_a_short_text(tmp_path, text, value):
 
 @pytest.mark.parametrize("answer", ["6 apples", "?", "", "x" * 41, "yes\nno", "_", "9" * 400])
 def test_what_is_neither_a_number_nor_a_short_text_is_refused(tmp_path, answer):
-    """`6 apples` is a number with a slip behind it: taken for a text it would make every correct rationale wrong."""
+    """`6 apples` is a number followed by a slip; read as text, it would make every correct rationale wrong."""
     for row in ({"answer": answer}, {"answer": f"So.\n#### {answer}"}):
         with pytest.raises(ValueError, match="line 1"):
             load_text(tmp_path, json.dumps({"question": "Is it?", **row}))
 
 
 def test_blank_lines_byte_order_marks_and_windows_line_ends_are_harmless(tmp_path):
-    """Editors add them. A line separator inside a string is text, and must not be taken for the end of a line."""
+    """Editors add them. A line separator inside a string is text and must not end the line."""
     row = {"question": "How many\u2028 apples?\u0085", "ans": 6}
     text = "\ufeff" + json.dumps(row, ensure_ascii=False) + "\r"
     assert load_text(tmp_path, text, "\r", "   ", text[1:]) == [Problem(row["question"], 6.0)] * 2
 
 
 def test_missing_and_empty_files_say_what_to_do(tmp_path):
-    """Zero problems would train on nothing and divide by zero far away from the cause."""
+    """With zero problems, training would have no data and divide by zero far from the cause."""
     for name in ("absent.jsonl", "."):
         with pytest.raises(FileNotFoundError, match="check the path"):
             load_problems(tmp_path / name)
@@ -258,7 +260,7 @@ def test_missing_and_empty_files_say_what_to_do(tmp_path):
 
 
 def test_saved_problems_come_back_equal_and_the_bytes_repeat(tmp_path):
-    """Resuming a run compares files by their bytes; a line break or an accent inside a text must survive."""
+    """Resuming a run compares files byte by byte; line breaks and accents inside a text must survive."""
     problems = [
         Problem("¿Cuántas? 5 × 3\u2028", 15.0, "5 × 3 = <<5*3=15>>15\r\n#### 15"),
         Problem('a "b" \\ \t', -0.125),
@@ -276,7 +278,7 @@ def test_saved_problems_come_back_equal_and_the_bytes_repeat(tmp_path):
 
 
 def test_rows_come_back_equal(tmp_path):
-    """Samples and preference pairs are rows with fields of their own, and a round may well have none."""
+    """Samples and preference pairs are rows with their own fields, and a round may have none."""
     for rows in (
         [{"question": "¿?", "samples": ["a\nb", "c"], "correct": [True, False], "none": None}],
         [],
@@ -287,15 +289,15 @@ def test_rows_come_back_equal(tmp_path):
 
 @pytest.mark.parametrize("text", ["0,5", "12,00", "1,2345", ",5", "1,200,3"])
 def test_a_comma_that_parts_no_thousands_is_refused(tmp_path, text):
-    """`0,5` is a half to many, and was read as 5."""
+    """Many people write one half as `0,5`, which was once read as 5."""
     for row in ({"answer": text}, {"answer": f"So.\n#### {text}"}):
         with pytest.raises(ValueError, match="line 1.*1,200.5"):
             load_text(tmp_path, json.dumps({"question": "How many?", **row}))
 
 
 def test_answers_in_two_forms_of_unicode_are_the_same():
-    """An accent typed as a letter and a mark, or a full-width letter, is what SentencePiece makes the
-    plain one before a model reads it; compared as typed, no rationale could ever be right."""
+    """Before a model reads a text, SentencePiece normalises full-width letters and letters typed with a separate
+    accent. Compared as typed, no rationale could be correct."""
     assert (
         same_answer("Zo\u00eb", "Zoe\u0308")
         and same_answer("\uff22", "B")
@@ -304,7 +306,7 @@ def test_answers_in_two_forms_of_unicode_are_the_same():
 
 
 def test_questions_that_are_trained_on_and_tested_on_are_found():
-    """Up to case and spaces: a test of what was trained on shows nothing."""
+    """Testing on training questions shows nothing. Case and spaces are ignored."""
     asked, other = Problem("How  many\nnuts?", 5.0), Problem("How many pens?", 5.0)
     check_leakage([asked], [other], {"test": [Problem("How many cups?", 5.0)]})
     for labeled, unlabeled in (([asked], []), ([other], [asked])):
@@ -313,7 +315,7 @@ def test_questions_that_are_trained_on_and_tested_on_are_found():
 
 
 @pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the converted public files are not beside the repository"
+    not SHARED.is_dir(), reason="the converted public files are not next to the repository"
 )
 @pytest.mark.parametrize(
     "name, rows, labeled",
@@ -327,6 +329,6 @@ def test_questions_that_are_trained_on_and_tested_on_are_found():
     ],
 )
 def test_the_public_files_are_read_whole(name, rows, labeled):
-    """The checks must refuse nothing that the paper uses."""
+    """The checks must not reject anything that the paper uses."""
     problems = load_problems(SHARED / f"{name}.jsonl")
     assert len(problems) == rows and all((p.rationale is not None) == labeled for p in problems)

@@ -1,4 +1,4 @@
-"""The READMEs are the project's doors: what they name exists, what they call quick runs, what they list is complete."""
+"""Readers start with the READMEs: every name in them exists, quick commands run, and lists are complete."""
 
 import contextlib
 import io
@@ -27,20 +27,20 @@ def quick_commands() -> list[str]:
 
 
 def test_the_top_level_is_the_users_list():
-    """Minimal is the first word: eight files, data, tests, and no other room for code."""
+    """The project is minimal: eight files, data, tests, and no other place for code."""
     names = "calculator decode dpo model run selftrain sft tokenizer"
     assert MODULES == [f"{name}.py" for name in names.split()]
 
 
 def test_every_file_shows_its_idea():
-    """All eight are among the quick commands, so the next test covers each."""
+    """All eight files are among the quick commands, so the next test runs each."""
     words = {word for line in quick_commands() for word in line.split()}
     assert set(MODULES) <= words
 
 
 @pytest.mark.parametrize("command", quick_commands())
 def test_quick_commands_work_as_printed(command, monkeypatch):
-    """A newcomer copies them. (In this process: a new one would only import torch again.)"""
+    """Newcomers copy them. (They run in this process: a new one would only import torch again.)"""
     _, *words = shlex.split(command)
     said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.chdir(ROOT)
@@ -59,7 +59,7 @@ def test_quick_commands_work_as_printed(command, monkeypatch):
 
 
 def test_every_departure_is_listed():
-    """Whoever compares with the paper reads the list, not the code: it must not go stale."""
+    """Readers who compare with the paper read the list, not the code: it must not go stale."""
     section = README.partition("## Departures")[2].partition("\n## ")[0]
     for name, source in SOURCES.items():
         found = source.count("DIFFERS:")
@@ -70,7 +70,7 @@ def test_every_departure_is_listed():
 
 
 def test_what_the_tables_name_exists():
-    """Functions and tests are renamed; a table that still has the old names sends its reader nowhere."""
+    """Functions and tests get renamed; a table with the old names would mislead its reader."""
     rows = re.findall(r"^\|[^|]*\| `(\w+\.py)` \| (.*?) \|", README, re.M)
     assert {file for file, _ in rows} == set(MODULES)
     for file, functions in rows:
@@ -86,14 +86,14 @@ def test_what_the_tables_name_exists():
 
 
 def test_what_the_doors_link_to_exists():
-    """Links go astray when files move."""
+    """Links break when files move."""
     for folder, text in DOORS.items():
         for path in re.findall(r"\]\(([\w/.-]+)\)", text):
             assert (ROOT / folder / path).exists(), (folder, path)
 
 
 def test_every_flag_in_the_readmes_exists():
-    """A flag that was renamed is copied from here for years."""
+    """After a flag is renamed, readers would keep copying the old name from here."""
     known = {"--help", "--nproc-per-node", "--slow"}
     for action in run.make_parser()._actions:
         known |= set(action.option_strings)

@@ -1,4 +1,4 @@
-"""tests/bench/report.py: tables and figures come from run folders alone, and say what is there."""
+"""tests/bench/report.py: tables and figures are made from run folders alone and agree with them."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def make_row(problem: Problem, rationales: list[str], n_right: int) -> dict:
-    """What a run keeps of one problem, the first n_right rationales being right."""
+    """The row that a run stores for one problem; the first n_right rationales are right."""
     n = len(rationales)
     return {
         "question": problem.question,
@@ -37,7 +37,7 @@ def make_row(problem: Problem, rationales: list[str], n_right: int) -> dict:
 
 
 def make_evaluation(problems: list[Problem], n_right: int) -> list[dict]:
-    """The first n_right problems are solved: the first one by its own steps, the others by none."""
+    """The first n_right problems are solved: the first with its own steps, the others with none."""
     rows = []
     for test, calculator in (("held-out", True), ("dev", True), ("dev", False)):
         for i, problem in enumerate(problems):
@@ -63,7 +63,7 @@ def make_samples(problems: list[Problem], n: int, n_right: int) -> list[dict]:
 
 @pytest.fixture
 def run_folder(tmp_path) -> Path:
-    """A run as run.py leaves it: half of the answers are right before DPO, all after it."""
+    """A run as run.py leaves it: 2 of 8 answers are right after the warm-up, 6 after round 1."""
     folder = tmp_path / "run-0"
     config = parse_args([*FLAGS, "--out", str(folder)])
     problems = load_data(config)
@@ -89,8 +89,8 @@ def change_config(folder: Path, **changes: object) -> None:
 
 
 def test_measures_are_those_of_the_folder(run_folder):
-    """2 of 8, then 6 of 8, of which one has the expected steps; one of five samples right, then
-    three of three; every rationale calls the calculator once."""
+    """2 of 8 answers are right, then 6 of 8; one has the expected steps. One of five samples is right,
+    then three of three. Every rationale calls the calculator once."""
     found = report.measure(run_folder)
     warm_up = found["warm-up"]
     assert warm_up["accuracy"]["held-out"] == 25
@@ -110,7 +110,7 @@ def test_measures_are_those_of_the_folder(run_folder):
 
 
 def test_accuracy_by_steps_adds_up_to_accuracy(run_folder):
-    """Problems of two, three and four steps are the same problems, sorted: none may be lost."""
+    """Problems of two, three and four steps together are the held-out set: none may be lost."""
     for groups in report.measure(run_folder).values():
         n_right = 0.0
         for test in ("2 steps", "3 steps", "4 steps"):
@@ -123,7 +123,7 @@ def test_accuracy_by_steps_adds_up_to_accuracy(run_folder):
 )
 def test_the_interval_holds_every_share_that_is_not_refuted(n_right, n):
     """Wilson's interval: the shares p with |found - p| <= 1.96 standard errors AT p. The usual
-    found ± 1.96 errors has width 0 where all or none are right."""
+    interval, found ± 1.96 errors, has width 0 if all or none are right."""
     share = n_right / n
     low, high = report.wilson(n_right, n)
     assert 0 <= low <= share <= high <= 1 and low < high
@@ -133,7 +133,7 @@ def test_the_interval_holds_every_share_that_is_not_refuted(n_right, n):
 
 
 def test_a_single_run_has_the_interval_of_its_problems(run_folder, capsys):
-    """Without a second seed, how many problems there are is all that is known of its luck."""
+    """Without a second seed, only the number of problems tells how uncertain the result is."""
     report.main([str(run_folder)])
     low, high = report.wilson(2, 8)
     expected = f"| warm-up | 25.0 ({100 * low:.1f} to {100 * high:.1f}) |"
@@ -141,8 +141,8 @@ def test_a_single_run_has_the_interval_of_its_problems(run_folder, capsys):
 
 
 def test_seeds_are_merged(run_folder, tmp_path, capsys):
-    """A run that is named twice counts once, or the deviation would be small. An unfinished run
-    still has its part in the tables."""
+    """A run that is named twice counts once; otherwise the deviation would be too small. An
+    unfinished run still appears in the tables."""
     other = tmp_path / "run-1"
     shutil.copytree(run_folder, other)
     shutil.rmtree(other / "dpo-st")  # stopped after the warm-up
@@ -157,8 +157,8 @@ def test_seeds_are_merged(run_folder, tmp_path, capsys):
 
 
 def test_runs_of_other_kinds_are_refused(run_folder, tmp_path):
-    """Means over runs that differ in more than the seed would say nothing; but how much fits into
-    memory, or where the files lay, makes no other kind."""
+    """Means over runs that differ in more than the seed would say nothing. Settings that depend
+    on the machine, and file locations, may differ."""
     other = tmp_path / "run-1"
     shutil.copytree(run_folder, other)
     both = [str(run_folder), str(other)]
@@ -174,7 +174,7 @@ def test_runs_of_other_kinds_are_refused(run_folder, tmp_path):
 
 
 def test_your_own_problems_must_be_the_same_ones(run_folder, tmp_path):
-    """Generated problems follow from the seed; a file may have changed under its name."""
+    """Generated problems follow from the seed; a file may have changed and kept its name."""
     for name in ("run-1", "run-2"):
         shutil.copytree(run_folder, tmp_path / name)
         change_config(tmp_path / name, labeled="labeled.jsonl", problems=f"those of {name}")
@@ -183,7 +183,7 @@ def test_your_own_problems_must_be_the_same_ones(run_folder, tmp_path):
 
 
 def test_a_run_that_has_only_warmed_up_has_a_report_too(run_folder, capsys):
-    """The longest run is the one whose curves one wants to see before it ends."""
+    """The curves of a long run are most useful before it ends."""
     shutil.rmtree(run_folder / "dpo-st")
     report.main([str(run_folder)])
     assert "| warm-up | 25.0 " in capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_a_run_that_has_only_warmed_up_has_a_report_too(run_folder, capsys):
 
 
 def test_what_is_no_run_yet_is_left_out(run_folder, capsys):
-    """A run in its first minute is no error, but there is nothing to say of it."""
+    """A run in its first minute is not an error, but there is nothing to report yet."""
     (run_folder / "warm-up" / "evaluation.jsonl").unlink()
     with pytest.raises(SystemExit, match="nothing to report"):
         report.main([str(run_folder)])
@@ -199,14 +199,14 @@ def test_what_is_no_run_yet_is_left_out(run_folder, capsys):
 
 
 def test_a_copy_of_a_run_is_no_second_seed(run_folder):
-    """It would narrow every interval."""
+    """A copy counted as a second seed would narrow every interval."""
     shutil.copytree(run_folder, run_folder.parent / "copy")
     with pytest.raises(SystemExit, match="one seed"):
         report.main([str(run_folder), str(run_folder.parent / "copy")])
 
 
 def test_a_killed_runs_log_is_read_up_to_its_last_whole_line(run_folder, capsys):
-    """Tables come from folders finished or not."""
+    """Tables can also be made from unfinished runs."""
     with open(run_folder / "log.jsonl", "a") as file:
         file.write('{"stage": "dpo-st/rou')
     report.main([str(run_folder)])
@@ -214,7 +214,7 @@ def test_a_killed_runs_log_is_read_up_to_its_last_whole_line(run_folder, capsys)
 
 
 def test_pictures_are_drawn_or_it_is_said_what_they_need(run_folder, monkeypatch, capsys):
-    """matplotlib is optional: tables come without it."""
+    """matplotlib is optional: tables do not need it."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     report.main([str(run_folder)])
     said = capsys.readouterr()
@@ -230,7 +230,7 @@ def test_pictures_are_drawn_or_it_is_said_what_they_need(run_folder, monkeypatch
 
 
 def test_a_dollar_sign_in_the_name_of_a_test_set_begins_no_formula(run_folder):
-    """matplotlib reads what stands between dollar signs as a formula, and refuses most names as one."""
+    """matplotlib reads text between dollar signs as a formula, and most names are not valid formulas."""
     pytest.importorskip("matplotlib")
     for path in run_folder.rglob("evaluation.jsonl"):
         rows = [
@@ -244,7 +244,8 @@ def test_a_dollar_sign_in_the_name_of_a_test_set_begins_no_formula(run_folder):
 def test_figure_6_compares_the_models_before_and_after_the_dpo_step(
     run_folder, monkeypatch, capsys
 ):
-    """Both models here are the bundled one, so greedy answers agree; samples of U are right once in five, then always."""
+    """Both models are the bundled one, so greedy answers agree. One in five samples of U is right before DPO,
+    all after it."""
     shutil.copytree(ROOT / "data" / "tiny", run_folder / "dpo-st" / "round-1" / "dpo")
     monkeypatch.setattr(sys, "argv", ["dpo_step", str(run_folder)])
     dpo_step.main()
@@ -252,11 +253,11 @@ def test_figure_6_compares_the_models_before_and_after_the_dpo_step(
     cells = {line[0].strip("| "): [cell.strip(" |") for cell in line[1:]] for line in table}
     before, after, difference = cells["greedy Pass@1 (%)"]
     assert before == after and difference == "+0.0"
-    assert cells["pseudo-labels"] == ["6.0", "6.0", "+0.0"]  # three right ones are too alike
+    assert cells["pseudo-labels"] == ["6.0", "6.0", "+0.0"]  # three right ones are too similar
 
 
 def test_the_same_run_gives_the_same_svg_to_the_byte(run_folder):
-    """They are kept in the repository, where a new drawing must not look like a change."""
+    """Figures are kept in the repository, where redrawing one must not look like a change."""
     pytest.importorskip("matplotlib")
     drawn = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""run.py: a whole run is one command, which can be stopped at any moment, asked, and pointed at the real thing."""
+"""run.py: one command does a complete run, can be stopped at any time, leaves a usable model, and accepts real data."""
 
 import contextlib
 import gc
@@ -27,12 +27,12 @@ import selftrain
 from data.problems import Problem, read_jsonl, write_jsonl
 from model import SIZES, T5, save_flan_t5
 
-# Small enough for seconds, yet every stage has work: some samples are right, some are wrong.
+# Takes only seconds, yet every stage has work: some samples are right, some are wrong.
 SHORT = "--rounds 1 --limit 24 --sft-epochs 12 --dpo-steps 3 --max-new-tokens 60".split()
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """Run run.py in a process of its own."""
+    """Run run.py in a new process."""
     return subprocess.run(
         [sys.executable, "run.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -40,7 +40,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file of a run."""
+    """The hash of every file of a run."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -49,10 +49,10 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def main_in_this_process(*arguments: object) -> tuple[int, str]:
-    """run.py as a command, but without the second that a new process takes: its exit code and what it said on stderr."""
+    """Run run.py without the extra second that a new process takes; return its exit code and stderr."""
     said, before = io.StringIO(), sys.argv
     sys.argv = ["run.py", *map(str, arguments)]
-    gc.freeze()  # what exists by now need not be looked through afterwards
+    gc.freeze()  # later garbage collections skip existing objects
     try:
         with (
             contextlib.redirect_stderr(said),
@@ -69,7 +69,7 @@ def main_in_this_process(*arguments: object) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """One short run of both methods that nobody stopped."""
+    """One short, uninterrupted run of both methods."""
     out = tmp_path_factory.mktemp("finished") / "run"
     result = command(*SHORT, "--out", out)
     assert result.returncode == 0, result.stderr
@@ -77,7 +77,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_one_command_leaves_the_whole_run_on_disk(finished):
-    """The contract on files: per round samples, pairs, pseudo-labels and checkpoints; results for people and programs."""
+    """A run must leave samples, pairs, pseudo-labels and checkpoints for each round, and results for people and programs."""
     for name in (
         "config.json", "log.jsonl", "results.json", "results.md", "warm-up/sft/pytorch_model.bin",
         "warm-up/sft/spiece.model", "warm-up/evaluation.jsonl", "st/round-1/samples-for-labels.jsonl",
@@ -90,7 +90,7 @@ def test_one_command_leaves_the_whole_run_on_disk(finished):
 
 
 def test_the_numbers_of_a_run_add_up(finished):
-    """Samples per question, accuracies and tables come from different code paths: a mix-up of stages would show here."""
+    """Samples per question, accuracies and tables come from different code paths, so a mix-up of stages would show here."""
     for name, count in (("st/round-1/samples-for-labels", 3), ("dpo-st/round-1/samples-for-pairs", 5),
                         ("dpo-st/round-1/samples-for-labels", 3)):  # fmt: skip
         rows = read_jsonl(finished / f"{name}.jsonl")
@@ -107,7 +107,7 @@ def test_the_numbers_of_a_run_add_up(finished):
 
 
 def test_the_log_of_dpo_starts_at_log_two(finished):
-    """The policy is its own reference before the first step; any other value means dropout or a wrong reference."""
+    """Before the first step the policy equals its reference; any other value means dropout or a wrong reference."""
     first = next(
         r
         for r in read_jsonl(finished / "log.jsonl")
@@ -117,15 +117,15 @@ def test_the_log_of_dpo_starts_at_log_two(finished):
 
 
 def test_the_same_command_again_repeats_nothing(finished):
-    """Finished stages are read back, not made again: no file changes, the log included."""
+    """Finished stages are read from disk, not run again: no file changes, not even the log."""
     before = hashes(finished)
     assert command(*SHORT, "--out", finished).returncode == 0
     assert hashes(finished) == before
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_path, slow):
-    """kill -9 in any stage, then the same command: what has its final name is whole, the rest is made
-    again, and the end is the same to the byte, the log included. --slow kills twenty times instead of three."""
+    """After kill -9 in any stage, rerun the same command: files with their final names are complete, the rest is made
+    again, and every byte of the result is the same, the log included. --slow kills twenty times instead of three."""
     rng, out, where = random.Random(0), tmp_path / "run", []
     arguments = [sys.executable, "run.py", *SHORT, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -141,7 +141,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_p
         before, deadline = len(list(out.rglob("*"))), time.time() + 60
         if (
             len(where) > wanted // 3
-        ):  # let some come a stage further, so that the kills spread over the run
+        ):  # let some get a stage further, so that the kills are spread over the run
             while (
                 process.poll() is None
                 and time.time() < deadline
@@ -150,7 +150,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_p
                 time.sleep(0.01)
         time.sleep(rng.uniform(0, 3))
         if process.poll() is not None:
-            assert len(where) >= wanted / 2, "the run ended before its kills"
+            assert len(where) >= wanted / 2, "the run ended before enough kills"
             break
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -160,12 +160,12 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_p
     expected = hashes(finished)
     found = hashes(out)
     for both in (expected, found):
-        both.pop("config.json")  # names the folder
+        both.pop("config.json")  # contains the folder's name
     assert found == expected, where
 
 
 def test_ctrl_c_is_one_sentence(tmp_path):
-    """A person's Ctrl-C is no error: one sentence says how to go on."""
+    """Ctrl-C is not an error: one sentence says how to continue."""
     out = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "run.py", *SHORT, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -183,7 +183,7 @@ def test_ctrl_c_is_one_sentence(tmp_path):
 
 
 def test_a_second_run_in_one_folder_cannot_harm_the_first(finished, tmp_path):
-    """Started twice by mistake: both make the same, and what they leave is a whole run."""
+    """If a run is started twice by mistake, both make the same files and leave a complete run."""
     out = tmp_path / "run"
     started = [
         subprocess.Popen(
@@ -200,12 +200,10 @@ def test_a_second_run_in_one_folder_cannot_harm_the_first(finished, tmp_path):
         assert found[name] == expected[name], name
 
 
-@pytest.mark.skipif(
-    os.name == "nt", reason="needs a limit on the size of files, in place of a full disk"
-)
+@pytest.mark.skipif(os.name == "nt", reason="needs a file-size limit to simulate a full disk")
 def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_finished(tmp_path):
-    """Files may not grow beyond 64 kB: the first save fails as on a full disk. With room again, the same
-    command goes on."""
+    """Files may not exceed 64 kB, so the first save fails as on a full disk. Once there is space again,
+    the same command continues."""
     import resource
 
     out = tmp_path / "run"
@@ -220,7 +218,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_finished(tmp_pat
 
 
 def test_other_numbers_in_the_same_folder_are_refused(finished):
-    """Mixing stages of two settings in one folder would be a result of neither."""
+    """A folder that mixes stages of two settings would be a result of neither."""
     result = command(*SHORT, "--out", finished, "--beta", "0.3")
     assert (
         result.returncode == 2
@@ -230,7 +228,7 @@ def test_other_numbers_in_the_same_folder_are_refused(finished):
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
-    """A plain file where the folder should be stands for every place that is not the user's."""
+    """A plain file in place of the folder represents any location that the user cannot write to."""
     (tmp_path / "file").write_text("mine")
     code, words = main_in_this_process(*SHORT, "--out", tmp_path / "file" / "run")
     assert code == 2 and "Traceback" not in words and words.count("\n") == 1
@@ -238,8 +236,8 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 def test_a_run_in_bf16_keeps_its_checkpoints_in_fp32(tmp_path):
-    """Every stage takes the flag, DPO starts at log 2, for policy and reference compute alike, and the
-    next round trains weights that have lost no digit."""
+    """Every stage accepts the flag. DPO starts at log 2, because policy and reference compute alike, and
+    the next round trains weights that have lost no precision."""
     code, said = main_in_this_process(
         *SHORT, "--method", "dpo-st", "--bf16", "--out", tmp_path / "run"
     )
@@ -254,7 +252,7 @@ def test_a_run_in_bf16_keeps_its_checkpoints_in_fp32(tmp_path):
 
 
 def test_the_model_of_a_finished_run_can_be_asked(finished):
-    """A run's checkpoint is all that decode.py needs."""
+    """decode.py needs only a run's checkpoint."""
     result = subprocess.run(
         [sys.executable, "decode.py", "--checkpoint", finished / "dpo-st/round-1/sft", "How many are 3 + 4?"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -285,20 +283,20 @@ def test_the_model_of_a_finished_run_can_be_asked(finished):
     ],
 )
 def test_mistakes_get_one_sentence_and_exit_code_2(arguments, words, tmp_path):
-    """A traceback tells a newcomer nothing: the message names what was given and what to do."""
+    """A traceback tells a newcomer nothing. The message names the argument and what to do."""
     result = command("--out", tmp_path / "run", *arguments)
     assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()[-1]) < 400
 
 
 def test_a_first_command_that_fails_does_not_claim_the_folder(tmp_path):
-    """The corrected command must not be told that the folder belongs to a run with other numbers."""
+    """The corrected command must not be told that the folder belongs to a run with other settings."""
     result = command("--weights", "no/such/folder", "--out", tmp_path / "run")
     assert result.returncode == 2 and not (tmp_path / "run").exists()
 
 
 def test_a_terminal_that_lacks_a_sign_loses_nothing():
-    """The marks « and » are not in every encoding; they died with a traceback on a Chinese terminal."""
+    """The marks « and » are not in every encoding; on a Chinese terminal they caused a traceback."""
     for script, arguments in (
         ("decode.py", ["Tom has 3 pens. How many?"]),
         ("calculator.py", ["48 / 2"]),
@@ -311,7 +309,7 @@ def test_a_terminal_that_lacks_a_sign_loses_nothing():
 
 
 def test_a_run_can_be_started_from_elsewhere(tmp_path):
-    """Through a link, from another folder, into a path with spaces; the command that it prints works there."""
+    """Start through a link, from another folder, into a path with spaces; the printed command works there."""
     (tmp_path / "link.py").symlink_to(ROOT / "run.py")
     flags = "--rounds 0 --method st --limit 4 --sft-epochs 1 --max-new-tokens 20 --out".split()
     result = subprocess.run(
@@ -349,7 +347,7 @@ OWN = [
 
 
 def test_your_own_problems_with_answers_in_words(tmp_path):
-    """Ten problems that a teacher types in, other questions without rationales, a test; the answer is a name."""
+    """A teacher types in ten problems, other questions without rationales, and a test set; the answers are names."""
     labeled = [
         Problem(f"{i}: {TALLER.format('tallest')}", "Ana", "Ana is taller than Ben.\n#### Ana")
         for i in range(10)
@@ -374,7 +372,7 @@ def test_your_own_problems_with_answers_in_words(tmp_path):
 
 
 def test_labeled_problems_without_a_rationale_are_refused(tmp_path):
-    """Dropped without a word they would be missing from the training, and nobody would know."""
+    """If they were dropped silently, they would be missing from training without anyone noticing."""
     labeled = [Problem("How many are 2 + 4?", 6.0, "#### 6"), Problem("How many are 2 + 7?", 9.0)]
     files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled)]
     files += ["--test", f"t={write_problems(tmp_path / 't.jsonl', [Problem('How many?', 3.0)])}"]
@@ -384,8 +382,8 @@ def test_labeled_problems_without_a_rationale_are_refused(tmp_path):
 
 
 def test_what_a_model_cannot_learn_to_write_is_counted_before_it_is_trained(tmp_path):
-    """A rationale longer than what is ever written has no end, and a sign that the vocabulary lacks is gone: the accuracy that
-    follows would be a riddle."""
+    """The model never finishes a rationale longer than its limit, and loses characters that the vocabulary lacks.
+    Without the counts, the accuracy would be unexplained."""
     names = [
         ("Ana", "She is.\n#### Ana"),
         ("Ana", "She is. " * 20 + "\n#### Ana"),
@@ -403,7 +401,7 @@ def test_what_a_model_cannot_learn_to_write_is_counted_before_it_is_trained(tmp_
 
 
 def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path):
-    """A score on questions that were trained on says nothing; found after a week of training it is too late."""
+    """A score on training questions says nothing, and after a week of training it is too late to find out."""
     shared = Problem("How many are 2 + 3?", 5.0, "2 + 3 = <<2+3=5>>5\n#### 5")
     labeled = write_problems(
         tmp_path / "l.jsonl",
@@ -423,7 +421,7 @@ def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path
     assert code == 0, words
     write_problems(
         test, [replace(shared, answer=50.0, rationale=None)]
-    )  # another file under the same name
+    )  # a different file with the same name
     result = command(*files, "--allow-leakage")
     assert (
         result.returncode == 2
@@ -433,7 +431,7 @@ def test_questions_in_both_training_and_test_are_refused_unless_allowed(tmp_path
 
 
 def test_questions_that_are_cut_are_counted(tmp_path):
-    """Two long questions that differ in their last sentence get the same ids: the run must say so first."""
+    """Two long questions that differ only in their last sentence get the same ids: the run must say so first."""
     long = "Ana has 3 nuts. " * 60
     labeled = [Problem(long + end, 3.0, "#### 3") for end in ("How many?", "How many more?")]
     files = ["--labeled", write_problems(tmp_path / "l.jsonl", labeled)]
@@ -443,7 +441,7 @@ def test_questions_that_are_cut_are_counted(tmp_path):
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
-    """Its last ids would index past the embedding: a crash in the middle of a batch, on a GPU without a word."""
+    """Its last ids would index past the embedding: a crash in the middle of a batch, on a GPU without an explanation."""
     save_flan_t5(T5(replace(SIZES["tiny"], vocab_size=300)), tmp_path / "model")
     shutil.copy(ROOT / "data/tiny/spiece.model", tmp_path / "model")
     result = command("--weights", tmp_path / "model", "--out", tmp_path / "run")
@@ -455,21 +453,21 @@ def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
 
 
 def test_two_hundred_broken_lines_are_refused_with_their_number(tmp_path):
-    """A bad line in somebody's file is named by file and number, before anything is trained; skipped, it would change the
-    training set without a word."""
+    """A bad line is reported by file and line number before training starts. Skipping it would silently change the
+    training set."""
     good = '{"question": "How many are 1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\\n#### 2"}'
     rng, path = random.Random(0), tmp_path / "train.jsonl"
     for number in range(200):
         broken = bytearray(good.encode())
         kind = number % 4
-        if kind == 0:  # cut short
+        if kind == 0:  # truncated
             del broken[rng.randrange(1, len(broken)) :]
-        elif kind == 1:  # a piece lost in the frame of the object
+        elif kind == 1:  # bytes missing from the object's punctuation
             at = rng.choice([0, 1, broken.index(b":"), broken.index(b","), len(broken) - 1])
             del broken[at : at + rng.randint(1, 3)]
-        elif kind == 2:  # no text in any encoding
+        elif kind == 2:  # not valid UTF-8
             broken[rng.randrange(2, len(broken))] = rng.choice([0xFF, 0xC0, 0x80])
-        else:  # well-formed, and wrong
+        else:  # well-formed but wrong
             broken = rng.choice([b"5", b"[]", b"null", b'{"question": 5, "answer": "#### 2"}', b'{"question": "", "answer": "#### 2"}',
                                  b'{"question": "q"}', b'{"question": "q", "answer": "7 apples"}', b'{"question": "q", "answer": NaN}',
                                  b'{"question": "q", "answer": "#### 2", "ans": 3}', b'{"question": "q", "answer": true}'])  # fmt: skip
@@ -485,7 +483,7 @@ def test_two_hundred_broken_lines_are_refused_with_their_number(tmp_path):
 
 
 def test_fifty_broken_checkpoints_are_refused_in_one_sentence(tmp_path):
-    """--weights on a folder of which something was lost on the way. (What each sentence names: tests/test_model.py.)"""
+    """--weights with a folder that was damaged in transfer. (tests/test_model.py tests what each sentence names.)"""
     shutil.copytree(ROOT / "data/tiny", tmp_path / "whole")
     rng = random.Random(0)
     for number in range(50):
@@ -508,7 +506,7 @@ def test_fifty_broken_checkpoints_are_refused_in_one_sentence(tmp_path):
 
 
 def test_out_of_memory_says_which_number_to_lower(tmp_path, monkeypatch):
-    """What CUDA says is ten lines about allocators; the reader needs the name of a flag, and that nothing is lost."""
+    """CUDA prints ten lines about allocators; the user needs the name of a flag, and to know that nothing is lost."""
     for error in (
         torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
@@ -530,7 +528,7 @@ def test_out_of_memory_says_which_number_to_lower(tmp_path, monkeypatch):
 
 
 def test_every_hyper_parameter_of_the_paper_is_a_flag_with_that_default():
-    """Table 5 and section 4.2, number by number: the defaults of --size base are the paper."""
+    """The defaults of --size base are the numbers in table 5 and section 4.2 of the paper."""
     config = run.parse_args(["--size", "base", "--device", "cpu"])
     assert config.out == "runs/base-seed-42"
     assert (config.rounds, config.dpo_samples, config.sft_samples, config.st_samples) == (
@@ -554,7 +552,7 @@ def test_every_hyper_parameter_of_the_paper_is_a_flag_with_that_default():
 
 
 def test_every_number_among_the_flags_says_where_it_comes_from():
-    """In its help or in its group's title, in brackets: the paper's section, the authors' code, or ours."""
+    """Its help or its group's title says in brackets: the paper's section, the authors' code, or our choice."""
     for group in run.make_parser()._action_groups[2:]:
         for action in group._group_actions:
             if type(action.default) in (int, float) and action.dest != "limit":
@@ -562,7 +560,7 @@ def test_every_number_among_the_flags_says_where_it_comes_from():
 
 
 def test_the_papers_rows_stand_beside_runs_of_its_own_setting_only(tmp_path):
-    """A row of the paper below a run of two steps would compare what cannot be compared."""
+    """A row of the paper below a run of two steps would be a meaningless comparison."""
     for stage in ("warm-up", "dpo-st/round-1"):
         rows = [{"test": test, "calculator": True, "correct": [True]} for test in run.TESTS]
         (tmp_path / stage).mkdir(parents=True)
@@ -575,7 +573,7 @@ def test_the_papers_rows_stand_beside_runs_of_its_own_setting_only(tmp_path):
 
 
 def test_the_real_checkpoint_and_real_gsm8k_run_every_stage(shared, tmp_path, slow):
-    """Real vocabulary, real questions, public layout: the path of --size base without the download."""
+    """Real vocabulary, real questions, the public file layout: as with --size base, but without the download."""
     if not slow:
         limits = [
             "--limit",
@@ -621,9 +619,9 @@ def test_the_real_checkpoint_and_real_gsm8k_run_every_stage(shared, tmp_path, sl
 
 
 def test_size_base_fetches_checks_and_starts(shared, tmp_path):
-    """The real command against a local server in the part of the public hosts, with a small checkpoint in base's place.
+    """The real command, with a local server that plays the public hosts and a small checkpoint in place of base.
 
-    The second start asks the hosts for nothing; one flipped byte in the weights is noticed and nothing of it is kept."""
+    The second run downloads nothing. One flipped bit in the weights is detected, and the file is not kept."""
     data, sources, mini = shared / "data", shared / "sources", shared / "mini-flan-t5"
     Hosts.files = {
         f"{part}.jsonl": data / "gsm8k" / f"{part}.jsonl" for part in ("train", "dev", "test")
@@ -648,7 +646,7 @@ def test_size_base_fetches_checks_and_starts(shared, tmp_path):
     )
 
     def command(*arguments, **environment) -> subprocess.CompletedProcess:
-        """run.py with the checksums of the stand-ins."""
+        """Run run.py with the checksums of the small files."""
         return subprocess.run(
             [sys.executable, "-c", program, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
             timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -660,7 +658,7 @@ def test_size_base_fetches_checks_and_starts(shared, tmp_path):
     assert result.returncode == 0, result.stderr
     assert len(Hosts.asked) == 9, Hosts.asked  # six datasets, config, vocabulary, weights
     assert command(*start, tmp_path / "second", **hosts).returncode == 0
-    assert len(Hosts.asked) == 9, "what is in the cache was fetched again"
+    assert len(Hosts.asked) == 9, "a cached file was fetched again"
     broken = bytearray((mini / "model.safetensors").read_bytes())
     broken[-1] ^= 1
     (tmp_path / "broken").write_bytes(broken)
@@ -681,7 +679,7 @@ class Hosts(BaseHTTPRequestHandler):
     """Plays the two public hosts: GitHub's raw files and the model hub with its checksum header and redirect."""
 
     files: dict[str, Path] = {}
-    stated: dict[str, str] = {}  # checksums that differ from what is sent
+    stated: dict[str, str] = {}  # checksums that differ from the files sent
     asked: list[str] = []
 
     def do_HEAD(self):

@@ -1,4 +1,4 @@
-"""Self-training: the rules on text against a slow transcription of the paper's, and the order of Algorithms 1 and 2."""
+"""Self-training: the text rules against a slow transcription of the paper's, and the order of steps in Algorithms 1 and 2."""
 
 import hashlib
 import inspect
@@ -40,11 +40,11 @@ from tokenizer import Tokenizer, format_rationale
 
 WORDS = SimpleNamespace(
     piece_set=lambda text: frozenset(text.split())
-)  # a tokenizer whose pieces are the words
+)  # a tokenizer whose pieces are words
 
 
 def pairs_of(problems, samples, tokenizer=WORDS) -> list[PreferencePair]:
-    """All questions' pairs."""
+    """The pairs of all questions."""
     found = []
     for problem, rationales in zip(problems, samples, strict=True):
         found += make_pairs(problem, rationales, tokenizer)
@@ -55,7 +55,7 @@ def pairs_of(problems, samples, tokenizer=WORDS) -> list[PreferencePair]:
 
 
 def literal_answer(text: str) -> float | None:
-    """The last `#+ NUMBER`: digits, points, commas, an optional minus; commas removed; read as a float."""
+    """The last `#+ NUMBER` as a float: an optional minus, then digits, points and commas; the commas are removed."""
     found = None
     for at in range(len(text)):
         if text[at : at + 2] == "# ":
@@ -86,7 +86,7 @@ def literal_deduplication(rationales: list[str], pieces) -> list[str]:
         for other in map(pieces, kept):
             too_similar |= 10 * len(mine & other) > 7 * len(
                 mine | other
-            )  # in whole numbers: exact at 0.7
+            )  # in integers, so exact at 0.7
         if not too_similar:
             kept.append(rationale)
     return kept
@@ -113,7 +113,7 @@ def literal_sides(problem: Problem, samples: list[str], pieces) -> tuple[list[st
 
 
 def literal_percentile(counts: list[int]) -> int:
-    """The 90th percentile, between neighbours by the straight line, cut to a whole number; exact."""
+    """The 90th percentile, interpolated linearly and rounded down, in exact arithmetic."""
     counts, place = sorted(counts), Fraction(9, 10) * (len(counts) - 1)
     below, above = counts[floor(place)], counts[min(floor(place) + 1, len(counts) - 1)]
     return floor(below + (above - below) * (place - floor(place)))
@@ -126,13 +126,13 @@ def literal_pseudo_labels(
     most = literal_percentile([len(row) for _, row in kept if row] or [0])
     labels = [(question, rationale) for question, row in kept for rationale in row[:most]]
     gold = [(p.question, p.rationale) for p in problems]
-    return [label for label in labels if label not in gold]  # which stands in L
+    return [label for label in labels if label not in gold]  # L already has the gold ones
 
 
 def check_against_the_rules(
     problems: list[Problem], samples: list[list[str]], tokenizer, pieces
 ) -> Counter:
-    """Compare pairs and pseudo-labels with the literal rules; count what has been seen on the way."""
+    """Compare pairs and pseudo-labels with the literal rules; count how often each case occurred."""
     seen = Counter()
     pairs = pairs_of(problems, samples, tokenizer)
     assert all(isinstance(pair, PreferencePair) for pair in pairs)
@@ -147,12 +147,10 @@ def check_against_the_rules(
         possible = [(chosen, rejected) for chosen in winning for rejected in losing]
         found = by_question[problem.question]
         assert set(found) <= set(possible) and len(set(found)) == len(found)
-        # Equally similar pairs may change places; their similarities may not.
+        # Equally similar pairs are interchangeable, so only their similarities must match.
         similarity = {pair: literal_similarity(*pair, pieces) for pair in possible}
         assert sorted(similarity[pair] for pair in found) == sorted(similarity.values())[:3]
-        ranked = sorted(
-            possible, key=lambda pair: similarity[pair]
-        )  # ties: in the order of the sides
+        ranked = sorted(possible, key=lambda pair: similarity[pair])  # ties keep their order
         seen["the very same pairs"] += found == ranked[:3]
         seen["more pairs than three"] += len(possible) > 3
         seen["no pair"] += not possible
@@ -185,31 +183,31 @@ def check_against_the_rules(
         ("#### 18.", 18.0),  # a full stop after the number
         ("#### .5", 0.5),
         ("# 7", 7.0),  # any number of #
-        ("#### 5 #### 6", 6.0),  # a model that goes on after its answer: the last one counts
+        ("#### 5 #### 6", 6.0),  # a model that continues after its answer: the last one counts
         ("#### 18 pens", 18.0),
         ("The answer is 18.", None),
         ("", None),
         ("####", None),
-        ("####18", None),  # the format has a space, and so has every rationale trained on
+        ("####18", None),  # the format has a space, as does every training rationale
         ("#### $18", None),
         ("#### .", None),
         ("#### ,", None),
         ("#### -", None),
         ("#### 1.2.3", None),
-        ("#### ٣", None),  # a digit to Python, not to the paper
+        ("#### ٣", None),  # a digit in Python, but not in the paper
         (
             "#### " + "9" * 400,
             None,
-        ),  # infinite as a float: no answer, and no crash where it is compared
+        ),  # infinite as a float: no answer, and no crash in the comparison
     ],
 )
 def test_answers_are_found_where_the_format_puts_them(text, answer):
-    """What a model writes is never an error: one odd sample of 60,000 must not stop a run, or count as solved."""
+    """No model output is an error: one odd sample in 60,000 must not stop a run or count as solved."""
     assert extract_answer(text) == answer
 
 
 def test_extraction_follows_the_rule_on_random_text():
-    """A regular expression is easily right on tidy text alone; here it meets 10,000 untidy ones."""
+    """A regular expression is easily right on clean text only; this test uses 10,000 messy strings."""
     rng, found = np.random.default_rng(0), 0
     for _ in range(10_000):
         text = "".join(rng.choice(list("## ## 017-.,a"), rng.integers(1, 14)))
@@ -219,7 +217,7 @@ def test_extraction_follows_the_rule_on_random_text():
 
 
 def test_an_answer_is_correct_within_a_ten_thousandth():
-    """1/3 is written 0.33333 by one and 0.3333333 by another; but no integer may pass for its neighbour."""
+    """A model may write 1/3 as 0.33333 or as 0.3333333, but no integer may count as its neighbour."""
     assert (
         is_correct("#### 18", 18.0)
         and is_correct("#### 18.00009", 18.0)
@@ -231,7 +229,7 @@ def test_an_answer_is_correct_within_a_ten_thousandth():
 
 
 def test_a_text_is_correct_up_to_case_and_a_final_stop():
-    """yes, a letter, a name: what differs only in how it is written is the same answer, what differs otherwise is not."""
+    """The answer may be yes, a letter or a name. Only differences in how it is written are ignored."""
     assert (
         is_correct("Ana is taller. #### Ana", "ana")
         and is_correct("#### Yes.", "yes")
@@ -244,8 +242,8 @@ def test_a_text_is_correct_up_to_case_and_a_final_stop():
     )
     assert is_correct(
         format_rationale("It fits.\n####T-shirt"), "t-shirt"
-    )  # as training text spells it
-    assert not is_correct("Ana", "Ana") and not is_correct("# Ana", "Ana")  # no mark, no answer
+    )  # as in the training text
+    assert not is_correct("Ana", "Ana") and not is_correct("# Ana", "Ana")  # no ####, no answer
     assert not is_correct("#### 6", "six") and not is_correct("#### six", 6.0)
 
 
@@ -253,14 +251,14 @@ def test_a_text_is_correct_up_to_case_and_a_final_stop():
     "n, n_correct, k", [(5, 2, 3), (5, 0, 1), (5, 5, 2), (8, 1, 8), (4, 3, 2), (3, 1, 1)]
 )
 def test_pass_at_k_is_the_share_of_draws_with_a_correct_one(n, n_correct, k):
-    """Drawn from all subsets, one by one. 1 - (1 - c/n)^k, the tempting formula, is biased: 0.78 instead of 0.9 for 2 of 5."""
+    """Checked on all subsets. The tempting formula 1 - (1 - c/n)^k is biased: 0.78 instead of 0.9 for n = 5, c = 2, k = 3."""
     draws = list(combinations([True] * n_correct + [False] * (n - n_correct), k))
     assert pass_at_k(n, n_correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_samples_are_split_once_each_and_sorted():
-    """Exact duplicates are frequent at temperature 0.7 and would fill the pairs; the order, which decides
-    which of two similar ones stays, is the authors': that of the strings."""
+    """Exact duplicates are frequent at temperature 0.7 and would fill the pairs. The samples are sorted as
+    strings, as the authors do: the order decides which of two similar ones is kept."""
     right, also_right, wrong, none = "b #### 5", "a #### 5.0", "c #### 6", "B"
     rationales = [wrong, right, none, right, also_right, wrong, none, wrong]
     assert split_samples(rationales, 5.0) == ([also_right, right], [none, wrong])
@@ -268,8 +266,8 @@ def test_samples_are_split_once_each_and_sorted():
 
 
 def test_the_first_of_two_similar_samples_in_the_order_of_strings_stays():
-    """Drawn in another order the same samples must give the same pairs and labels; with the order of
-    drawing, 15 to 37 % of the pair sets would differ from the authors'."""
+    """The same samples in a different order must give the same pairs and labels. Without sorting,
+    15 to 37 % of the pair sets would differ from the authors'."""
     problem = Problem("q", 5.0)
     first, second = "a b c d e f g h i #### 5", "a b c d e f g h j #### 5"
     for samples in ([first, second, "no"], [second, first, "no"]):
@@ -280,7 +278,7 @@ def test_the_first_of_two_similar_samples_in_the_order_of_strings_stays():
 
 
 def test_accuracy_is_in_percent_of_the_problems():
-    """The table stands beside the paper's, which are percentages; with and without calculator are two results."""
+    """The paper's tables are in percent, so ours is too; with and without calculator are separate results."""
     rows = [
         {"test": "a", "calculator": True, "correct": [True]},
         {"test": "a", "calculator": True, "correct": [False]},
@@ -306,17 +304,17 @@ def test_jaccard_by_hand():
 
 
 def test_a_rationale_as_similar_as_the_threshold_is_kept():
-    """At most 0.7 is kept: 7 words of 10 are exactly that, 8 of 11 more. With < the authors' numbers would not be ours."""
+    """At most 0.7 is kept: 7 words of 10 are exactly 0.7, 8 of 11 are more. With < our results would differ from the authors'."""
     first = "a b c d e f g h"
-    border = "a b c d e f g i j"  # shares 7, together 10
-    beyond = "a b c d e f g h i j k"  # shares 8, together 11
+    border = "a b c d e f g i j"  # 7 shared words of 10
+    beyond = "a b c d e f g h i j k"  # 8 shared words of 11
     assert jaccard(*map(WORDS.piece_set, (first, border))) == 0.7
     assert deduplicate([first, border], WORDS) == [first, border]
     assert deduplicate([first, beyond], WORDS) == [first]
 
 
 def test_deduplication_compares_with_every_kept_one_and_no_dropped_one():
-    """Near to the first is enough to go, and who is gone drags no third one along; the first always stays."""
+    """A rationale similar to any kept one is dropped. A dropped one no longer counts. The first is always kept."""
     a, near_a, near_that, other = "a b c d e f", "a b c d e g", "a b c d h g", "x y"
     similarity = [
         jaccard(*map(WORDS.piece_set, pair))
@@ -329,13 +327,13 @@ def test_deduplication_compares_with_every_kept_one_and_no_dropped_one():
 
 
 def test_similarity_counts_each_piece_once():
-    """The measure is on the SET of pieces: a rationale that repeats itself is still the same rationale."""
+    """Similarity compares SETS of pieces: a rationale that repeats itself is still the same rationale."""
     assert deduplicate(["a b #### 5", "a a b b a b #### 5"], WORDS) == ["a b #### 5"]
 
 
 def test_the_gold_rationale_outlives_its_copies():
     """Whatever the model samples, the human rationale comes first, so that L is never diluted by paraphrases of itself.
-    As a pseudo-label it is left out: L has it."""
+    It is not a pseudo-label, because L already has it."""
     problem = Problem("q", 5.0, "one two three four five #### 5")
     copies = ["one two three four also #### 5", problem.rationale, "other words #### 5"]
     labels = make_pseudo_labels([problem], [copies], WORDS)
@@ -345,7 +343,7 @@ def test_the_gold_rationale_outlives_its_copies():
 
 
 def test_the_three_least_similar_pairs_are_kept():
-    """Pairs that differ in most words teach most. Two winning, two losing: of the four, the most similar one goes."""
+    """Pairs that differ most teach most. Two winning and two losing rationales give four pairs; the most similar is dropped."""
     problem = Problem("q", 5.0, "a b c #### 5")
     winning, losing = "d e f #### 5", ["a b c #### 6", "x y z #### 6"]
     pairs = make_pairs(problem, [winning, *losing], WORDS)
@@ -356,7 +354,7 @@ def test_the_three_least_similar_pairs_are_kept():
 
 
 def test_questions_without_both_sides_give_no_pair():
-    """No losing sample: solved already. No winning one and no human rationale: nothing to prefer. Neither is an error."""
+    """Without a losing sample the question is solved; without a winning or human one there is nothing to prefer. Neither is an error."""
     solved = Problem("solved", 5.0, "gold #### 5")
     unsolved = Problem("unsolved", 5.0)
     assert make_pairs(solved, ["a b #### 5"], WORDS) == []
@@ -371,8 +369,8 @@ def test_questions_without_both_sides_give_no_pair():
 
 
 def test_pseudo_labels_are_capped_at_the_ninetieth_percentile():
-    """Nine questions with one rationale and one with nine: the percentile is 1.8, cut to 1. Easy questions would else
-    crowd out the rest. Questions that nothing solved are not counted: with them, the cap could fall to 0."""
+    """Nine questions with one rationale and one with nine: the percentile is 1.8, rounded down to 1. Without a cap, easy
+    questions would crowd out the rest. Unsolved questions are not counted: they could lower the cap to 0."""
     problems = [Problem(f"q{i}", 5.0) for i in range(10)]
     samples = [["only #### 5"]] * 9 + [[f"a{i} b{i} c{i} #### 5" for i in range(9)]]
     assert [label.question for label in make_pseudo_labels(problems, samples, WORDS)] == [
@@ -386,13 +384,13 @@ def test_pseudo_labels_are_capped_at_the_ninetieth_percentile():
     many = [[f"{i} {k} x{k} y{k} #### 5" for k in range(4)] for i in range(10)]
     assert (
         len(make_pseudo_labels(problems, many, WORDS)) == 40
-    )  # all alike: the cap takes nothing away
+    )  # equal counts: the cap removes nothing
     assert make_pseudo_labels(problems, [[]] * 10, WORDS) == []
 
 
 def test_where_few_questions_are_solved_the_cap_leaves_nothing():
-    """The authors' rule, and a trap: with gold rationales at hand, a model that solves fewer than one question in ten adds no
-    pseudo-label at all, and every round's SFT is the warm-up again. Seen on a small checkpoint; README says how it looks."""
+    """A trap in the authors' rule: where U has gold rationales, a model that solves fewer than one question in ten adds no
+    pseudo-labels, and every round's SFT repeats the warm-up. Seen on a small checkpoint; see tests/README.md."""
     problems = [Problem(f"q{i}", 5.0, "gold #### 5") for i in range(100)]
     for solved, found in ((9, 0), (20, 20)):
         samples = [["another way #### 5"]] * solved + [["wrong #### 6"]] * (100 - solved)
@@ -423,7 +421,7 @@ def random_world(rng) -> tuple[list[Problem], list[list[str]]]:
 
 
 def test_pairs_and_pseudo_labels_follow_the_rules_on_random_samples():
-    """Three hundred worlds against the transcription: every rule meets every other one, in the order of PAPER.md."""
+    """Three hundred random data sets against the transcription: all rules together, in the order of the authors' code."""
     rng, seen = np.random.default_rng(0), Counter()
     for _ in range(300):
         seen += check_against_the_rules(*random_world(rng), WORDS, WORDS.piece_set)
@@ -443,8 +441,8 @@ def test_pairs_and_pseudo_labels_follow_the_rules_on_random_samples():
 
 
 def test_pairs_and_pseudo_labels_follow_the_rules_on_real_rationales(datasets, vocabulary):
-    """The same with 500 of GSM8K's questions, T5's vocabulary, and eight rationales each: paraphrases of the gold one, wrong ends,
-    other solutions."""
+    """The same with 500 GSM8K questions, T5's vocabulary, and eight rationales each: paraphrases of the gold one, wrong
+    answers, other solutions."""
     rng, pieces_of = np.random.default_rng(0), {}
     processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary / "spiece.model"))
 
@@ -462,12 +460,12 @@ def test_pairs_and_pseudo_labels_follow_the_rules_on_real_rationales(datasets, v
             [],
             problem.rationale.split(" "),
             rng.random() < 0.1,
-        )  # a tenth of the questions is easy
+        )  # a tenth of the questions are easy
         for _ in range(8):
             kind, other = rng.integers(3 if sure else 5), problems[rng.integers(len(problems))]
             end = problem.answer if sure or rng.random() < 0.6 else problem.answer + 1
             body, _, _ = (other.rationale if kind == 0 else problem.rationale).rpartition("####")
-            if kind == 1:  # a part of it
+            if kind == 1:  # its first words
                 body = " ".join(words[: rng.integers(1, len(words))]) + " "
             if kind == 2:  # a paraphrase
                 body = body.replace(" the ", " these ").replace(words[0], "Then")
@@ -483,7 +481,7 @@ def test_pairs_and_pseudo_labels_follow_the_rules_on_real_rationales(datasets, v
 
 
 class Notebook:
-    """Stages that do no work but write down what they were asked. A model is a name that tells where it comes from."""
+    """Stages that do no work and only record their calls. A model is a name that says how it was made."""
 
     def __init__(self):
         self.calls, self.names, self.given = [], [], []
@@ -494,7 +492,7 @@ class Notebook:
         self.given.append(given)
 
     def of(self, stage: str) -> list:
-        """What each call of a stage was given, in order."""
+        """The input of each call of a stage, in order."""
         return [given for call, given in zip(self.calls, self.given) if call[0] == stage]
 
     def sft(self, name, problems):
@@ -537,7 +535,7 @@ def notes_of(method: str, labeled=L, unlabeled=L_AS_U, rounds: int = 2) -> Noteb
 
 
 def test_algorithm_2_takes_its_steps_in_the_papers_order():
-    """Line by line: pairs come from f', labels from f_d, DPO starts at the newest f', and each round at the newest f'."""
+    """Line by line: pairs come from f', labels from f_d, and DPO and each round start from the newest f'."""
     assert notes_of("dpo-st").calls == [
         ("sft",), ("evaluate", "sft 0"),
         ("sample", "sft 0", 5), ("pairs",), ("dpo", "sft 0"),
@@ -548,7 +546,7 @@ def test_algorithm_2_takes_its_steps_in_the_papers_order():
 
 
 def test_algorithm_1_takes_its_steps_in_the_papers_order():
-    """Plain self-training is the baseline: the same loop, without a trace of preferences."""
+    """Plain self-training is the baseline: the same loop, without preferences."""
     assert notes_of("st").calls == [
         ("sft",), ("evaluate", "sft 0"),
         ("sample", "sft 0", 8), ("pseudo-labels",), ("sft",), ("evaluate", "sft 1"),
@@ -562,7 +560,7 @@ def test_algorithm_1_takes_its_steps_in_the_papers_order():
 
 
 def test_samples_add_up_over_the_rounds_each_kind_by_itself():
-    """Pairs are made from all SFT models' samples, labels from all DPO models': a mixture would be another algorithm."""
+    """Pairs use the samples of all SFT models, labels those of all DPO models. Mixing them would be a different algorithm."""
     notebook = notes_of("dpo-st", rounds=3)
     for stage, model, n in (("pairs", "sft {}", 5), ("pseudo-labels", "dpo of sft {}", 3)):
         for past, (problems, samples) in enumerate(notebook.of(stage), start=1):
@@ -578,7 +576,7 @@ def test_samples_add_up_over_the_rounds_each_kind_by_itself():
 
 
 def test_dpo_and_sft_are_given_all_that_was_made_for_them():
-    """The warm-up sees L alone; every later SFT the pseudo-labels of its own round; DPO the pairs of its own round."""
+    """The warm-up trains on L alone, every later SFT also on its round's pseudo-labels, and DPO on its round's pairs."""
     notebook = notes_of("dpo-st")
     warm_up, *later = notebook.of("sft")
     assert warm_up == L
@@ -594,14 +592,14 @@ def test_dpo_and_sft_are_given_all_that_was_made_for_them():
     "unlabeled", [L_AS_U, U, L_AS_U[2:] + U, []], ids=["U is L", "apart", "overlapping", "empty"]
 )
 def test_sft_always_sees_all_of_l(method, unlabeled):
-    """f' = SFT(f, L + S_a) whatever U is: labeled problems that nobody samples for must not be lost after the warm-up."""
+    """f' = SFT(f, L + S_a) for any U: labeled problems that are not in U must not be lost after the warm-up."""
     for given in notes_of(method, unlabeled=unlabeled).of("sft"):
         counts = Counter((problem.question, problem.rationale) for problem in given)
         assert all(counts[problem.question, problem.rationale] == 1 for problem in L)
 
 
 def test_two_human_rationales_of_one_question_both_stay():
-    """Own data may solve a question twice. Both are L, and L is in every SFT set; the warm-up is trained on both."""
+    """Your own data may solve a question twice. Both rationales belong to L, and every SFT set contains L, the warm-up's included."""
     labeled = [*L, replace(L[0], rationale="quite another way of thinking #### 0")]
     for unlabeled in (L_AS_U, U):
         for given in notes_of("st", labeled, unlabeled).of("sft"):
@@ -612,7 +610,7 @@ def test_two_human_rationales_of_one_question_both_stay():
 
 @pytest.mark.parametrize("method", ["st", "dpo-st"])
 def test_rationales_of_the_unlabeled_set_are_never_used(method):
-    """U is questions and answers only. In the tiny run its rationales are known: one that leaks is training on the secret.
+    """U is only questions and answers. In the tiny run its rationales are known, so a leak would mean training on them.
     A question of U that is also in L has L's rationale, in L's spelling."""
     notebook = notes_of(method, unlabeled=L_AS_U[2:] + U)
     assert "secret" not in repr(
@@ -630,15 +628,15 @@ def test_rationales_of_the_unlabeled_set_are_never_used(method):
 
 
 def test_a_question_with_another_answer_in_u_is_not_joined_with_l():
-    """L says 0, U says 9 for the same question: L's rationale would head the right ones of U, and be
-    trained on as one that reaches 9."""
+    """L says 0 and U says 9 for the same question. If joined, L's rationale would come first among U's
+    correct ones and be trained on as one that reaches 9."""
     other = replace(L[0], answer=9.0, rationale=None)
     for problems in notes_of("dpo-st", unlabeled=[other, *U]).of("sample"):
         assert problems[0] == other
 
 
 def test_l_and_u_are_joined_by_the_same_answer_however_it_is_spelled():
-    """There is one notion of the same answer: 0.33333 in U is L's 0.3333, so L's rationale is gold, and no label stands twice."""
+    """There is one definition of equal answers: 0.33333 in U equals L's 0.3333, so L's rationale is gold and no label occurs twice."""
     ours = Problem("a third?", 0.3333, "It is 0.3333. #### 0.3333")
     notebook = notes_of("dpo-st", labeled=[*L, ours], unlabeled=[Problem("a third?", 0.33333), *U])
     for problems in notebook.of("sample"):
@@ -646,7 +644,7 @@ def test_l_and_u_are_joined_by_the_same_answer_however_it_is_spelled():
 
 
 def test_stages_have_names_of_their_own_and_the_methods_share_the_warm_up():
-    """A result is kept under its stage's name: two stages of one name would be done once, and the second be wrong."""
+    """A result is stored under its stage's name. Of two stages with the same name, the second would read the first's result."""
     st, dpo_st = notes_of("st").names, notes_of("dpo-st").names
     assert len(set(st)) == len(st) and len(set(dpo_st)) == len(dpo_st)
     assert set(st) & set(dpo_st) == set(st[:2]) == set(dpo_st[:2])
@@ -675,7 +673,7 @@ def changed(**numbers) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A checkpoint folder: a random two-layer T5 and a vocabulary of some forty pieces."""
+    """A checkpoint folder: a random two-layer T5 and a vocabulary of about forty pieces."""
     folder = tmp_path_factory.mktemp("base")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(f"{p.question} {p.rationale}" for p in SUMS), model_prefix=str(folder / "spiece"), vocab_size=45,
@@ -691,7 +689,7 @@ def base(tmp_path_factory) -> Path:
 
 
 class Shelf:
-    """A run folder, Stages that use it, and what they say."""
+    """A run folder, the Stages that use it, and their log."""
 
     def __init__(self, base: Path, path: Path, config=CONFIG):
         self.logs = []
@@ -711,8 +709,8 @@ def same_bytes(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_a_whole_round_of_both_methods_on_ten_sums(base, tmp_path):
-    """Six labeled sums, four without rationale: every stage runs and hands on what the next one reads, the losses fall,
-    the base weights on disk stay as they were."""
+    """Six labeled sums, four without a rationale: every stage runs and produces what the next one reads, the losses fall,
+    and the base weights on disk do not change."""
     before = hashlib.sha256((base / "pytorch_model.bin").read_bytes()).hexdigest()
     shelf = Shelf(base, tmp_path)
     for method in ("st", "dpo-st"):
@@ -722,7 +720,7 @@ def test_a_whole_round_of_both_methods_on_ten_sums(base, tmp_path):
     assert hashlib.sha256((base / "pytorch_model.bin").read_bytes()).hexdigest() == before
     evaluations = [read_jsonl(path) for path in tmp_path.rglob("evaluation.jsonl")]
     assert len(evaluations) == 3
-    for made in evaluations:  # dev a second time, without the calculator
+    for made in evaluations:  # dev a second time without the calculator
         kinds = [("seen", True)] * 6 + [("dev", True)] * 4 + [("dev", False)] * 4
         assert [(row["test"], row["calculator"]) for row in made] == kinds
         assert [row["question"] for row in made] == [p.question for p in [*SUMS, *SUMS[6:]]]
@@ -745,8 +743,8 @@ def test_a_whole_round_of_both_methods_on_ten_sums(base, tmp_path):
 
 
 def test_sft_starts_from_the_base_weights_every_time(base, tmp_path):
-    """DESIGN.md, invariant 7. The same set must give the same weights in round 1 and in round 3, whatever lay between;
-    going on from the last round's model would be another method (and train L for 8 epochs more each time)."""
+    """Algorithms 1 and 2: f' = SFT(f, L + S_a). The same data must give the same weights in round 1 and in round 3, whatever
+    ran in between. Continuing from the last round's model would be a different method (and train L for 8 more epochs each time)."""
     config = changed(sft_epochs=2)
     shelf = Shelf(base, tmp_path, config)
     first = shelf.stages.sft("first", SUMS[:6])
@@ -763,7 +761,7 @@ def test_sft_starts_from_the_base_weights_every_time(base, tmp_path):
 
 
 def test_dpo_starts_from_the_model_it_is_given_and_leaves_it_alone(base, tmp_path):
-    """f_d = DPO(f', f', D): from f', not from the base. And f' is needed again if the run stops here."""
+    """f_d = DPO(f', f', D) starts from f', not from the base weights, and f' is needed again if the run stops here."""
     shelf = Shelf(base, tmp_path, changed(sft_epochs=2, dpo_learning_rate=1e-9))
     policy = shelf.stages.sft("sft", SUMS)
     before = weights(policy)
@@ -776,7 +774,7 @@ def test_dpo_starts_from_the_model_it_is_given_and_leaves_it_alone(base, tmp_pat
 
 
 def test_dpo_trains_on_all_pairs(base, tmp_path, monkeypatch):
-    """As in the paper: none is held out."""
+    """As in the paper, no pairs are held out."""
     asked = []
 
     def fake(policy, pairs, *rest):
@@ -790,15 +788,15 @@ def test_dpo_trains_on_all_pairs(base, tmp_path, monkeypatch):
 
 
 def test_without_pairs_the_dpo_step_is_skipped_and_says_so(base, tmp_path):
-    """Early models may solve nothing, late ones everything: the round then goes on with f' itself."""
+    """Early models may solve nothing, late ones everything. The round then continues with f' itself."""
     shelf = Shelf(base, tmp_path)
     assert shelf.stages.dpo("dpo", base, []) == base
     assert shelf.logs and "dpo" in str(shelf.logs)
 
 
 def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkeypatch):
-    """Samples: temperature 0.7, top-k 50, the calculator on, and other random numbers in every stage, or round 2 would
-    draw round 1's samples again. Evaluation: greedy, one rationale each, and dev once more without the calculator."""
+    """Samples: temperature 0.7, top-k 50, calculator on, and a different seed in every stage; otherwise round 2 would
+    repeat round 1's samples. Evaluation: greedy, one rationale each, and dev a second time without the calculator."""
     calls = []
 
     def fake(*args, **named):
@@ -812,7 +810,7 @@ def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkey
 
     monkeypatch.setattr(selftrain, "generate", fake)
     shelf = Shelf(base, tmp_path)
-    for name in ("a", "b", "a"):  # the second "a" is on the shelf already
+    for name in ("a", "b", "a"):  # the second "a" is already on disk
         samples = shelf.stages.sample(f"{name}.jsonl", base, SUMS, 4)
     assert samples == [["#### 3"] * 4] * 10 and len(calls) == 2 and calls[0].seed != calls[1].seed
     for call in calls:
@@ -835,12 +833,12 @@ def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkey
     assert all(
         (call.temperature, call.n_samples, call.max_new_tokens) == (0, 1, 32) for call in calls
     )
-    assert accuracies(shelf.rows("evaluation"))["two"] == 10.0  # 1 + 2 is the only 3 of ten
+    assert accuracies(shelf.rows("evaluation"))["two"] == 10.0  # of the ten sums only 1 + 2 is 3
 
 
 def test_what_has_its_final_name_is_not_made_again_and_what_has_not_is(base, tmp_path, monkeypatch):
-    """The whole story of a restart: a stage that fails leaves nothing under its name, not even half a
-    file, and is made again; one that is finished is read."""
+    """How a restart works: a stage that fails leaves nothing under its final name, not even half a file, and runs again;
+    a finished one is read from disk."""
     stages = Shelf(base, tmp_path, changed(sft_epochs=1)).stages
     save = selftrain.save_flan_t5
 
@@ -861,7 +859,7 @@ def test_what_has_its_final_name_is_not_made_again_and_what_has_not_is(base, tmp
 
 def test_read_only_files_of_a_base_do_not_make_the_run_read_only(base, tmp_path):
     """A checkpoint on a shared disk is often read-only. Its vocabulary is copied into every model of the
-    run; its permissions must not be."""
+    run, but its permissions must not be."""
     stages = Shelf(base, tmp_path, changed(sft_epochs=1)).stages
     vocabulary = base / "spiece.model"
     mode = vocabulary.stat().st_mode

@@ -1,4 +1,4 @@
-"""SFT: the loss against two oracles, batches that memory may cut anywhere, and the one training loop of the project."""
+"""SFT: the loss against two oracles, micro-batches of any size, and the project's only training loop."""
 
 import math
 from contextlib import contextmanager
@@ -74,7 +74,7 @@ def same_bytes(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def collate(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Questions, their mask, and labels, padded."""
+    """Padded questions, their mask, and padded labels."""
     input_ids, mask = pad_batch([example.input_ids for example in examples])
     labels, _ = pad_batch([example.labels for example in examples], padding=IGNORE)
     return input_ids, mask, labels
@@ -86,7 +86,7 @@ def quiet(record: dict) -> None:
 
 @contextmanager
 def seen_by_optimizer():
-    """Collect what AdamW is given at every step: the learning rate and the gradients, in the order of parameters()."""
+    """Record AdamW's learning rate and gradients at every step; the gradients are in the order of parameters()."""
     steps = []
 
     def remember(optimizer, args, kwargs):
@@ -101,7 +101,7 @@ def seen_by_optimizer():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    """A vocabulary of some forty pieces, learned from two sentences, with T5's special ids."""
+    """A vocabulary of about forty pieces, learned from 100 short texts, with T5's special ids."""
     folder = tmp_path_factory.mktemp("vocabulary")
     sums = [
         f"How many are {a} + {b}? [ {a} + {b} = {a + b}] #### {a + b}"
@@ -115,11 +115,11 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return Tokenizer(folder)
 
 
-# ------------------------------------------------------------------------------------------------- examples, batches
+# ---------------------------------------------------------------------------------------------- examples and batches
 
 
 def test_texts_are_cut_at_200_and_300_tokens_and_keep_their_eos(tokenizer):
-    """A rationale cut without its EOS would teach the model never to stop; the authors cut at these lengths."""
+    """A rationale truncated without EOS would teach the model never to stop; the authors truncate at these lengths."""
     long, short = "3 + 4 = 7 " * 200, "3 + 4"
     cut, whole = make_examples(
         [
@@ -137,7 +137,7 @@ def test_texts_are_cut_at_200_and_300_tokens_and_keep_their_eos(tokenizer):
 
 
 def test_padding_is_masked_in_questions_and_ignored_in_rationales():
-    """Padding with 0 in the labels would be a target, and the model would learn to write padding."""
+    """Labels padded with 0 would make padding a target, and the model would learn to write it."""
     input_ids, attention_mask, labels = collate(
         [Example([5, 6, 1], [7, 1]), Example([8, 1], [9, 10, 11, 1])]
     )
@@ -147,7 +147,7 @@ def test_padding_is_masked_in_questions_and_ignored_in_rationales():
 
 
 def test_micro_batches_keep_every_item_once_within_the_budget():
-    """An item lost or doubled changes the loss without a word; a piece over the budget is out of memory on a GPU."""
+    """A lost or duplicated item silently changes the loss; a micro-batch over the budget runs out of GPU memory."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         batch = [[i] * int(rng.integers(1, 60)) for i in range(rng.integers(1, 40))]
@@ -160,7 +160,7 @@ def test_micro_batches_keep_every_item_once_within_the_budget():
 
 
 def test_micro_batches_are_few_and_of_similar_length():
-    """Long beside short is mostly padding: [9 9] [1 1] costs 20 tokens where [9 1] [9 1] costs 36."""
+    """Mixing long and short items wastes tokens on padding: [9 9] [1 1] costs 20 tokens, [9 1] [9 1] costs 36."""
 
     def lengths(pieces):
         return [[len(item) for item in piece] for piece in pieces]
@@ -172,7 +172,7 @@ def test_micro_batches_are_few_and_of_similar_length():
 
 
 def test_every_epoch_visits_every_item_once_in_its_own_order():
-    """Sampling with replacement would skip a third of L per epoch; one fixed order is no shuffle."""
+    """Sampling with replacement would skip a third of L per epoch; a fixed order is not a shuffle."""
     source = batches(range(10), 4, seed=1)
     first, second = ([next(source) for _ in range(3)] for _ in range(2))
     for epoch in (first, second):
@@ -182,7 +182,7 @@ def test_every_epoch_visits_every_item_once_in_its_own_order():
 
 
 def test_the_order_of_the_data_follows_from_the_seed_alone():
-    """A run that is continued must meet its data in the order of a run that never stopped, whatever drew numbers before."""
+    """A continued run must see its data in the same order as an uninterrupted one, whatever random numbers were drawn."""
 
     def take(seed):
         return [batch for batch, _ in zip(batches(range(50), 8, seed), range(20))]
@@ -196,7 +196,7 @@ def test_the_order_of_the_data_follows_from_the_seed_alone():
 
 
 def test_the_loss_equals_cross_entropy_in_float64():
-    """Eq. 2 written out, one example at a time, without padding: a second shift, a lost EOS or a padded target shows."""
+    """Eq. 2 for one example at a time, without padding: a second shift, a lost EOS or a padded target changes the loss."""
     model, examples = random_model(), random_examples()
     expected = 0.0
     for example in examples:
@@ -212,7 +212,7 @@ def test_the_loss_equals_cross_entropy_in_float64():
 
 
 def test_the_loss_equals_the_public_library(tmp_path):
-    """The oracle shifts the same labels by itself and skips -100; agreement on ragged padding leaves no room for either."""
+    """transformers itself shifts the labels and skips -100; equal losses on ragged labels show that we do both correctly."""
     transformers = pytest.importorskip("transformers")
     model, examples = random_model(), random_examples()
     save_flan_t5(model, tmp_path)
@@ -227,7 +227,7 @@ def test_the_loss_equals_the_public_library(tmp_path):
 
 
 def test_the_loss_equals_the_public_library_on_real_text(shared):
-    """The same on GSM8K with the real vocabulary of 32,128, where a sum over logits has room to lose digits."""
+    """The same on GSM8K with the real vocabulary of 32,128, where a sum over logits can lose precision."""
     transformers = pytest.importorskip("transformers")
     problems = load_problems(shared / "data" / "gsm8k" / "train.jsonl")[:4]
     problems = [replace(p, rationale=format_rationale(p.rationale)) for p in problems]
@@ -244,7 +244,7 @@ def test_the_loss_equals_the_public_library_on_real_text(shared):
 
 
 def test_the_vocabulary_meets_real_tokens_only():
-    """Logits of 32,128 ids are the largest tensor of all: padding must not be among their rows."""
+    """The logits over 32,128 ids are the largest tensor: they must have no rows for padding."""
     model, examples, rows = random_model(), random_examples(), []
     model.lm_head.register_forward_hook(lambda layer, given, _: rows.append(given[0].shape[:-1]))
     sft_loss(model, examples)
@@ -252,7 +252,7 @@ def test_the_vocabulary_meets_real_tokens_only():
 
 
 def test_padding_says_nothing_about_the_answer():
-    """More of it in the same batch, whatever ids it has, leaves every gradient as it is: a mask forgotten anywhere shows."""
+    """Extra padding with any ids must leave every gradient unchanged: a mask forgotten anywhere would change one."""
     model, examples = random_model(), random_examples()
     input_ids, attention_mask, labels = collate(examples)
     wider = [
@@ -269,7 +269,7 @@ def test_padding_says_nothing_about_the_answer():
 
 
 def test_token_logps_sit_at_their_positions():
-    """dpo.py adds them up row by row: a number in the neighbour's row would cancel in SFT's total and ruin DPO."""
+    """dpo.py sums them per row: a number in the wrong row would not change SFT's total, but would ruin DPO."""
     model, examples = random_model(), random_examples()
     input_ids, attention_mask, labels = collate(examples)
     logps = token_logps(model, model.encode(input_ids, attention_mask), attention_mask, labels)
@@ -281,11 +281,11 @@ def test_token_logps_sit_at_their_positions():
     torch.testing.assert_close(logps, expected, atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------------ the schedule
+# ----------------------------------------------------------------------------------------------------- learning rate
 
 
 def test_learning_rate_by_hand():
-    """20 steps, a tenth of them up: 1/2, 1, then the cosine from 1 over its middle (0.1 + 0.9 / 2) down to 0.1068."""
+    """20 steps, a tenth of them warm-up: 1/2, 1, then the cosine from 1 via its midpoint (0.1 + 0.9 / 2) to 0.1068."""
     twenty = schedule(learning_rate=2.0)
     rates = [learning_rate(step, 20, twenty) / 2 for step in range(20)]
     assert rates[:3] == pytest.approx([0.5, 1, 1])
@@ -295,7 +295,7 @@ def test_learning_rate_by_hand():
 
 @pytest.mark.parametrize("ratio", [0.0, 0.03, 0.1, 0.5, 1.0])
 def test_learning_rate_rises_evenly_to_the_peak_and_never_leaves_zero_to_peak(ratio):
-    """A step at rate 0 is a step wasted, and of a one-step training nothing would be left; above the peak it may diverge."""
+    """A step at rate 0 is wasted, and one-step training would do nothing; above the peak, training may diverge."""
     numbers = schedule(learning_rate=3e-4, warmup_ratio=ratio)
     for n_steps in (*range(1, 40), 150, 1000):
         rates = [learning_rate(step, n_steps, numbers) for step in range(n_steps)]
@@ -307,10 +307,10 @@ def test_learning_rate_rises_evenly_to_the_peak_and_never_leaves_zero_to_peak(ra
     if ratio < 1:
         assert rates[-1] == pytest.approx(
             0.1 * 3e-4, rel=1e-3
-        )  # of 1,000 steps: down to 10 % of the peak, not to 0
+        )  # after 1,000 steps: 10 % of the peak, not 0
 
 
-# ------------------------------------------------------------------------------------------------------ the training
+# ---------------------------------------------------------------------------------------------------------- training
 
 
 def train(model, examples, n_epochs=1, log=quiet, **changes) -> T5:
@@ -318,10 +318,10 @@ def train(model, examples, n_epochs=1, log=quiet, **changes) -> T5:
 
 
 def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
-    """A mean per piece, averaged over pieces, would weigh a short rationale's tokens more the smaller the GPU is."""
+    """Averaging the means of micro-batches would give tokens of short rationales more weight on smaller GPUs."""
     examples = random_examples()
     logs, gradients = [], []
-    for budget in (1, 40, 10**6):  # seven pieces, a few, one
+    for budget in (1, 40, 10**6):  # seven micro-batches, a few, one
         with seen_by_optimizer() as steps:
             train(
                 random_model(dropout=0.0),
@@ -334,7 +334,7 @@ def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
     model = random_model(dropout=0.0)
     loss = sft_loss(model, examples)["loss"] / n_targets(
         examples
-    )  # a mean over all tokens of the batch
+    )  # the mean over all tokens of the batch
     loss.backward()
     for log, found in zip(logs, gradients):
         assert log["loss"] == pytest.approx(loss.item(), rel=1e-6)
@@ -343,7 +343,7 @@ def test_neither_loss_nor_gradient_depends_on_how_memory_cuts_the_batch():
 
 
 def test_two_steps_are_adamw_with_clipping_and_decay():
-    """AdamW by hand, in float64: decay apart from the gradient, both moments corrected, the gradient cut to norm 0.05."""
+    """AdamW by hand, in float64: decoupled weight decay, bias-corrected moments, gradient clipped to norm 0.05."""
     model, rate, decay, limit = random_model(dropout=0.0), 1e-2, 0.01, 0.05
     before, logs = [w.double() for w in weights(model)], []
     with seen_by_optimizer() as steps:
@@ -353,7 +353,7 @@ def test_two_steps_are_adamw_with_clipping_and_decay():
         )  # fmt: skip
     assert [step.rate for step in steps] == pytest.approx([rate / 2, rate])
     for step, log in zip(steps, logs, strict=True):
-        assert log["grad_norm"] > limit  # the line shows the norm before the cut
+        assert log["grad_norm"] > limit  # the log has the norm before clipping
         assert math.sqrt(
             sum(g.double().square().sum().item() for g in step.gradients)
         ) == pytest.approx(limit, rel=1e-3)
@@ -368,7 +368,7 @@ def test_two_steps_are_adamw_with_clipping_and_decay():
 
 
 def test_training_takes_its_steps_at_the_scheduled_rates_and_logs_some():
-    """Seven examples in batches of three are three steps an epoch. A rate set after its step would be one step late."""
+    """Seven examples in batches of three make three steps per epoch. A rate set after its step would be one step late."""
     logs, numbers = [], schedule(batch_size=3, log_every=4)
     with seen_by_optimizer() as steps:
         train_sft(random_model(), random_examples(), 3, numbers, "warm-up", logs.append)
@@ -382,7 +382,7 @@ def test_training_takes_its_steps_at_the_scheduled_rates_and_logs_some():
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_byte():
-    """Order and dropout hang on the seed and on no global generator, or no stopped run could be continued exactly."""
+    """Data order and dropout depend only on the seed; with global random state, no stopped run could continue exactly."""
     trained = []
     for noise, seed in ((1, 5), (2, 5), (1, 6)):
         model = random_model()
@@ -393,7 +393,7 @@ def test_the_same_seed_gives_the_same_weights_to_the_byte():
 
 
 def test_dropout_is_on_while_training_and_off_afterwards():
-    """Eight epochs on a few thousand examples overfit without it; sampling with it would be noise."""
+    """Without dropout, eight epochs on a few thousand examples overfit; sampling with dropout would add noise."""
     examples = random_examples()
     for dropout in (0.0, 0.1):
         model, logs = random_model(dropout=dropout), []
@@ -404,18 +404,18 @@ def test_dropout_is_on_while_training_and_off_afterwards():
 
 
 def test_dropout_differs_from_step_to_step():
-    """One mask for the whole training, from a seed set once too often, would just be a smaller model."""
+    """If the seed were reset at every step, one mask for all of training would just make a smaller model."""
     logs = []
     train(
         random_model(), random_examples(), 3, logs.append, learning_rate=1e-12, log_every=1
-    )  # the weights stand still
+    )  # the weights hardly change
     losses = [log["loss"] for log in logs]
     assert max(losses) - min(losses) > 1e-3
 
 
 def test_one_batch_is_learned_by_heart_and_decoded_back(tokenizer):
-    """If the pieces fit together, 60 steps suffice. Decoding tells more than the loss: decoder inputs that are not shifted
-    overfit even better, and then write nothing."""
+    """If the components work together, 60 steps suffice. Decoding shows more than the loss: with unshifted decoder
+    inputs, the model overfits even better, but then writes nothing."""
     texts = {
         f"How many are {a} + {b}?": f"[ {a} + {b} = {a + b}] #### {a + b}"
         for a, b in ((2, 3), (7, 1), (4, 9))
@@ -440,7 +440,7 @@ def test_one_batch_is_learned_by_heart_and_decoded_back(tokenizer):
 
 
 def test_a_gradient_that_is_not_finite_stops_training_and_names_the_step():
-    """Training on with NaN costs a night and leaves a checkpoint of NaN. The weights stay as before that step."""
+    """Continuing with NaN wastes a night and saves a checkpoint of NaN. The weights must stay as before that step."""
     model = random_model()
     model.lm_head.weight.data[5, 5] = math.inf
     before = weights(model)
@@ -449,18 +449,18 @@ def test_a_gradient_that_is_not_finite_stops_training_and_names_the_step():
     assert "\n" not in str(error.value) and same_bytes(weights(model), before)
     with pytest.raises(
         FloatingPointError, match=r"^SFT\b.*step 2\b"
-    ):  # the first step goes far too far
+    ):  # the first step is far too large
         train(random_model(), random_examples(), 4, learning_rate=1e30)
 
 
 def test_nothing_to_train_on_is_refused():
-    """An empty file of labeled problems must not pass for a training."""
+    """Training on an empty file of labeled problems must be an error."""
     with pytest.raises(ValueError, match="SFT.*labeled problems"):
         train(random_model(), [])
 
 
 def test_bf16_is_for_computing_only():
-    """Steps of 3e-4 vanish in weights of three digits: weights and moments stay in fp32, the losses move by the rounding."""
+    """Steps of 3e-4 vanish in bf16's three digits: weights and moments stay in fp32; the losses differ only by rounding."""
     losses = {}
     for bf16 in (False, True):
         logs = []

@@ -1,4 +1,4 @@
-"""Fetching against a real local server that plays both public hosts, well-behaved and not."""
+"""Downloads from a real local server that imitates both public hosts, with and without faults."""
 
 import errno
 import hashlib
@@ -51,8 +51,9 @@ def sha256(body):
 
 
 class PublicHosts(BaseHTTPRequestHandler):
-    """Serve `server.files`. Like the hub: a large file is redirected to a storage and only the redirecting reply states
-    its sha256; a small text file is redirected on the same host, and the last reply states its git blob id."""
+    """Serve `server.files` as the hub does. A large file is redirected to a storage server, and only the
+    redirecting reply states its sha256. A small text file is redirected on the same host, and the last reply
+    states its git blob id."""
 
     def do_GET(self):
         server, path = self.server, self.path.partition("?")[0]
@@ -61,7 +62,7 @@ class PublicHosts(BaseHTTPRequestHandler):
         body, fault = server.files.get(name), server.faults.get(name.rpartition("/")[2])
         if body is None or isinstance(fault, int):
             return self.send_error(fault or 404)
-        if "/resolve/" in path and path == name:  # the hub's first answer
+        if "/resolve/" in path and path == name:  # the hub's first reply
             self.send_response(307 if name.endswith(".json") else 302)
             self.send_header(
                 "Location",
@@ -94,7 +95,7 @@ class PublicHosts(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hosts(tmp_path, monkeypatch):
-    """A server with small stand-ins for every public file; `faults` says by file name how it misbehaves."""
+    """A server with a small stand-in for every public file; `faults` maps a file name to its fault."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), PublicHosts)
     server.requests, server.faults, server.released, server.files, datasets = (
         [],
@@ -155,7 +156,7 @@ def files_in(folder):
 
 
 def refused(fetch, *arguments):
-    """Return the one sentence that a failed fetch ends in."""
+    """Return the one-sentence error of a failed fetch."""
     with pytest.raises(DownloadError) as error:
         fetch(*arguments)
     assert "\n" not in str(error.value) and "DPO_ST_CACHE" in str(error.value)
@@ -163,7 +164,8 @@ def refused(fetch, *arguments):
 
 
 def test_datasets_are_fetched_converted_and_readable(hosts, tmp_path):
-    """The README's command for the paper must give files that the loader takes, whatever shape their authors chose."""
+    """The README's command for the paper must give files that the loader accepts, whatever
+    their original format."""
     folder = fetch_datasets()
     assert folder == tmp_path / "cache" / "datasets"
     assert (folder / "gsm8k/dev.jsonl").read_bytes() == GSM8K
@@ -179,7 +181,7 @@ def test_datasets_are_fetched_converted_and_readable(hosts, tmp_path):
 
 
 def test_what_is_in_the_cache_is_not_asked_for_again(hosts):
-    """Second runs must work on a train: not one request, and the same folders."""
+    """A second run must work offline: no requests, and the same folders."""
     first = fetch_datasets(), fetch_flan_t5("base"), fetch_flan_t5("xl")
     hosts.requests.clear()
     assert (
@@ -193,7 +195,7 @@ def test_what_is_in_the_cache_is_not_asked_for_again(hosts):
 def test_a_checkpoint_is_fetched_in_the_format_that_can_be_read(
     hosts, monkeypatch, formats, weights
 ):
-    """safetensors is optional; a file that nothing here can open is a wasted gigabyte."""
+    """safetensors is optional; a file that cannot be opened here would waste a gigabyte."""
     monkeypatch.setattr(sources, "readable_formats", lambda: formats)
     folder = fetch_flan_t5("base")
     assert files_in(folder) == sorted(["config.json", "spiece.model", weights])
@@ -202,7 +204,7 @@ def test_a_checkpoint_is_fetched_in_the_format_that_can_be_read(
 
 @pytest.mark.parametrize("size", ["base", "xxl"])
 def test_where_the_hub_has_no_safetensors_the_other_format_is_fetched(hosts, monkeypatch, size):
-    """No listing of xxl shows them; a 404 there must not end the run."""
+    """No listing of xxl includes safetensors; a 404 for them must not end the run."""
     monkeypatch.setattr(sources, "readable_formats", lambda: [SAFETENSORS, BIN])
     hosts.files = {name: body for name, body in hosts.files.items() if "safetensors" not in name}
     assert any(name.endswith(".bin") for name in files_in(fetch_flan_t5(size)))
@@ -211,14 +213,14 @@ def test_where_the_hub_has_no_safetensors_the_other_format_is_fetched(hosts, mon
 
 
 def test_a_known_checksum_is_not_asked_for(hosts, monkeypatch):
-    """What is pinned here is what counts, whatever a host states."""
+    """A checksum pinned here takes precedence over what a host states."""
     monkeypatch.setitem(sources.SHA256, "base/pytorch_model.bin", "0" * 64)
     assert "invalid hash" in refused(fetch_flan_t5, "base")
     assert not [r for r in hosts.requests if r.startswith("HEAD")]
 
 
 def test_a_sharded_checkpoint_is_fetched_whole(hosts):
-    """xl and xxl come as an index and the files it names, each once."""
+    """xl and xxl have an index; each file that it names is fetched once."""
     shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
     assert files_in(fetch_flan_t5("xl")) == sorted(
         ["config.json", "spiece.model", "pytorch_model.bin.index.json", *shards]
@@ -232,7 +234,7 @@ def test_a_sharded_checkpoint_is_fetched_whole(hosts):
 @pytest.mark.parametrize("fault", ["altered", "cut"])
 @pytest.mark.parametrize("name", ["train.jsonl", "SVAMP.json", "spiece.model", "pytorch_model.bin"])
 def test_a_wrong_byte_or_a_short_body_is_deleted_and_reported(hosts, tmp_path, name, fault):
-    """HTTP does not notice either of them. The next run must find nothing of the bad file, and succeed."""
+    """HTTP detects neither fault. The next run must find no trace of the bad file, and succeed."""
     fetch = (
         fetch_datasets if name in ("train.jsonl", "SVAMP.json") else lambda: fetch_flan_t5("base")
     )
@@ -245,7 +247,7 @@ def test_a_wrong_byte_or_a_short_body_is_deleted_and_reported(hosts, tmp_path, n
 
 @pytest.mark.parametrize("fault, words", [(404, "404"), (503, "503")])
 def test_an_http_error_names_the_address(hosts, tmp_path, fault, words):
-    """The user can open the address in a browser and see."""
+    """The user can then check the address in a browser."""
     hosts.faults.update({"ASDiv.xml": fault, "pytorch_model.bin": fault})
     for fetch, name in (
         (fetch_datasets, "ASDiv.xml"),
@@ -257,7 +259,7 @@ def test_an_http_error_names_the_address(hosts, tmp_path, fault, words):
 
 
 def test_no_network_is_one_sentence(monkeypatch, hosts):
-    """Nobody listens at the address, as on a machine without network."""
+    """No server listens at the address, as on a machine without a network."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -270,7 +272,7 @@ def test_no_network_is_one_sentence(monkeypatch, hosts):
 
 
 def test_a_host_that_falls_silent_does_not_hang_the_run(hosts, tmp_path, monkeypatch):
-    """torch.hub waits for ever by itself. The time-out must not leak into the rest of the program."""
+    """By default torch.hub waits forever. Our time-out must not leak into the rest of the program."""
     monkeypatch.setattr(sources, "TIMEOUT", 0.3)
     hosts.faults["pytorch_model.bin"] = "stalls"
     assert "timed out" in refused(fetch_flan_t5, "base")
@@ -278,7 +280,7 @@ def test_a_host_that_falls_silent_does_not_hang_the_run(hosts, tmp_path, monkeyp
 
 
 def test_a_full_disk_is_one_sentence(hosts, tmp_path, monkeypatch):
-    """What the disk refuses midway must not stay under its name."""
+    """A write that fails midway must not leave a file under the final name."""
 
     def full(path, write):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -289,14 +291,14 @@ def test_a_full_disk_is_one_sentence(hosts, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(hosts, tmp_path):
-    """A cache below a plain file stands for every place that is not the user's."""
+    """A cache below a plain file represents any place where the user cannot write."""
     (tmp_path / "file").write_text("")
     for fetch in (fetch_datasets, lambda cache: fetch_flan_t5("base", cache)):
         assert "DPO_ST_CACHE" in refused(fetch, tmp_path / "file" / "cache")
 
 
 def test_weights_without_a_stated_checksum_are_refused(hosts, tmp_path):
-    """A mirror may drop the header; a gigabyte that cannot be checked is not worth having."""
+    """A mirror may drop the header; a gigabyte that cannot be checked is useless."""
     hosts.faults["pytorch_model.bin"] = "no checksum"
     assert "checksum" in refused(fetch_flan_t5, "base") and not list(
         tmp_path.rglob("pytorch_model*")
@@ -306,7 +308,8 @@ def test_weights_without_a_stated_checksum_are_refused(hosts, tmp_path):
 @pytest.mark.parametrize("name", ["../evil.bin", "/evil.bin", "a/evil.bin", "a\\evil.bin", "x.bin/../../evil.bin", "..", "",
                                   ".bin", "config.json", "evil.bin\n", 5, None, ["evil.bin"]])  # fmt: skip
 def test_an_index_cannot_name_files_outside_the_folder(hosts, tmp_path, name):
-    """The names come from the network: "../x" would be written outside, "config.json" over a file already checked."""
+    """The names come from the network: "../x" would be written outside the folder, and "config.json" would
+    overwrite a file already checked."""
     index = f"/google/flan-t5-xl/resolve/{sources.FLAN_T5['xl']}/pytorch_model.bin.index.json"
     hosts.files[index] = json.dumps(
         {"weight_map": {"a": "pytorch_model-00001-of-00002.bin", "b": name}}
@@ -317,7 +320,7 @@ def test_an_index_cannot_name_files_outside_the_folder(hosts, tmp_path, name):
 
 @pytest.mark.parametrize("index", [b"{}", b"[]", b"", b'{"weight_map": []}', b"\xff"])
 def test_a_broken_index_is_one_sentence(hosts, tmp_path, index):
-    """And it does not stay, or the next start would find it there."""
+    """The index must also be removed, or the next start would find it."""
     name = f"/google/flan-t5-xl/resolve/{sources.FLAN_T5['xl']}/pytorch_model.bin.index.json"
     hosts.files[name] = index
     assert "index.json" in refused(fetch_flan_t5, "xl")
@@ -325,7 +328,7 @@ def test_a_broken_index_is_one_sentence(hosts, tmp_path, index):
 
 
 def test_a_broken_index_in_the_librarys_cache_is_passed_over(hosts, tmp_path):
-    """Others write there: what is not whole is fetched, and left as it is."""
+    """Other programs write there: an incomplete copy is left alone, and the files are fetched."""
     folder = tmp_path / f"library/hub/models--google--flan-t5-xl/snapshots/{sources.FLAN_T5['xl']}"
     folder.mkdir(parents=True)
     for name in ("config.json", "spiece.model", "pytorch_model.bin.index.json"):
@@ -337,7 +340,8 @@ def test_a_broken_index_in_the_librarys_cache_is_passed_over(hosts, tmp_path):
     "variable", ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"]
 )
 def test_a_whole_copy_of_the_hub_library_is_used_in_place(hosts, tmp_path, monkeypatch, variable):
-    """Many readers have the weights already. A copy that misses a file will not do: the library's links may lead nowhere."""
+    """Many readers already have the weights. A copy that lacks a file is not used: the library's links may be
+    broken."""
     library = tmp_path / "elsewhere"
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv(variable, str(library))
@@ -381,7 +385,8 @@ def test_a_killed_download_leaves_nothing_under_its_name(hosts, tmp_path, stop):
 
 
 def test_the_command_prints_the_folders_or_one_sentence(hosts, tmp_path, monkeypatch, capsys):
-    """`python -m data.sources base` is typed by hand: an error is a sentence and exit code 2, never a traceback."""
+    """`python -m data.sources base` is typed by hand: an error is one sentence and exit code 2, not a
+    traceback."""
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["data.sources", *arguments])
@@ -409,7 +414,7 @@ def test_the_command_prints_the_folders_or_one_sentence(hosts, tmp_path, monkeyp
 
 
 def test_a_user_without_a_home_is_told_what_to_set(hosts, monkeypatch):
-    """Containers run under ids that no user has."""
+    """Containers may run under user ids without an account."""
     monkeypatch.delenv("DPO_ST_CACHE")
 
     def nobody():
@@ -420,7 +425,7 @@ def test_a_user_without_a_home_is_told_what_to_set(hosts, monkeypatch):
 
 
 def test_an_address_may_end_in_a_slash(hosts, monkeypatch):
-    """A mirror's address is copied from a browser."""
+    """Users copy a mirror's address from a browser."""
     monkeypatch.setenv("HF_ENDPOINT", hosts.url + "/")
     monkeypatch.setenv("DPO_ST_GITHUB", hosts.url + "/")
     fetch_flan_t5("base"), fetch_datasets()
@@ -429,10 +434,10 @@ def test_an_address_may_end_in_a_slash(hosts, monkeypatch):
 
 @pytest.mark.skipif(
     not (SHARED / "sources").is_dir(),
-    reason="the untouched public files are not beside the repository",
+    reason="the original public files are not next to the repository",
 )
 def test_the_real_sources_become_the_real_datasets(hosts, tmp_path, monkeypatch):
-    """With the real checksums and the real files, the result is the datasets the paper used, byte for byte."""
+    """With the real checksums and files, the result equals the paper's datasets byte for byte."""
     monkeypatch.undo()
     for name, value in {
         "DPO_ST_GITHUB": hosts.url,
@@ -451,10 +456,10 @@ def test_the_real_sources_become_the_real_datasets(hosts, tmp_path, monkeypatch)
 
 
 @pytest.mark.skipif(
-    not (SHARED / "flan-t5").is_dir(), reason="the Flan-T5 facts are not beside the repository"
+    not (SHARED / "flan-t5").is_dir(), reason="the Flan-T5 facts are not next to the repository"
 )
 def test_the_pinned_revisions_are_the_known_ones():
-    """A typing mistake in forty digits would show only on a machine with a network."""
+    """A typo in forty digits would show up only on a machine with a network."""
     facts = json.loads((SHARED / "flan-t5/configs.json").read_text())
     assert {size: fact["revision"] for size, fact in facts.items()} == sources.FLAN_T5
     known = facts["small"]["weight_files"]["model.safetensors"]["sha256"]

@@ -1,4 +1,4 @@
-"""The synthetic stories and the checkpoint bundled for them. A wrong label here would be learned without a murmur."""
+"""The synthetic stories and the checkpoint bundled for them. A wrong label here would be learned silently."""
 
 import re
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def steps_of(problem) -> int:
 
 
 def test_the_same_seed_tells_the_same_stories():
-    """Runs are compared across machines and days; the data must not be one of the differences."""
+    """Runs are compared across machines and days; their data must not differ."""
     assert make_problems(50, seed=3) == make_problems(50, seed=3)
     assert not {p.question for p in make_problems(50, seed=3)} & {
         p.question for p in make_problems(50, seed=4)
@@ -38,7 +38,7 @@ def test_the_same_seed_tells_the_same_stories():
 
 
 def test_a_story_depends_on_no_global_state():
-    """Names are drawn from ordered lists, never from a set, whose order changes from one Python process to the next."""
+    """Names are drawn from ordered lists, never from a set, whose order changes between Python processes."""
     import os
     import subprocess
     import sys
@@ -54,7 +54,8 @@ def test_a_story_depends_on_no_global_state():
 
 
 def test_every_annotation_evaluates_to_what_it_says(problems):
-    """The calculator will overrule the model at each bracket; if they disagreed on gold data, gold would be unreachable."""
+    """The calculator overrules the model in each bracket; if it disagreed with a gold rationale, no model could
+    write that rationale."""
     for problem in problems:
         for before, expression, result, after in re.findall(
             r"(.*) = <<(.*)=(.*)>>(\d+)", problem.rationale
@@ -64,7 +65,7 @@ def test_every_annotation_evaluates_to_what_it_says(problems):
 
 
 def test_the_last_result_is_the_answer(problems):
-    """Answers are all that the unlabeled questions keep, so they must be the rationale's own."""
+    """Unlabeled questions keep only the answer, so it must be the rationale's last result."""
     for problem in problems:
         *lines, last = problem.rationale.split("\n")
         assert last == f"#### {problem.answer:.0f}"
@@ -72,7 +73,7 @@ def test_the_last_result_is_the_answer(problems):
 
 
 def test_each_line_uses_only_numbers_known_by_then(problems):
-    """A story is solvable from its question: every operand is told there or was the result of an earlier line."""
+    """A story is solvable from its question: each operand is given there or is the result of an earlier line."""
     for problem in problems:
         known = set(re.findall(r"\d+", problem.question)) | (
             {"2"} if re.search("[Hh]alf|twice", problem.question) else set()
@@ -83,30 +84,31 @@ def test_each_line_uses_only_numbers_known_by_then(problems):
 
 
 def test_stories_have_the_number_of_steps_asked_for(problems):
-    """Accuracy is reported by number of steps, and the test set holds none of a single step."""
+    """Accuracy is reported by number of steps, and the test set has no one-step problems."""
     counts = [steps_of(problem) for problem in problems]
     assert {counts.count(steps) for steps in ALL_STEPS} == {len(problems) // len(ALL_STEPS)}
     assert {steps_of(problem) for problem in make_problems(200, seed=1, steps=(3,))} == {3}
 
 
 def test_splits_do_not_overlap():
-    """A test question seen in training would turn memory into accuracy."""
+    """A test question seen in training would measure memory."""
     train = make_problems(3000, seed=0)
     seen = {problem.question for problem in train}
     assert len(seen) == 3000
-    # the same seed would tell the same stories again, so only `exclude` can keep these apart
+    # the same seed would make the same stories again, so only `exclude` can separate them
     assert not seen & {problem.question for problem in make_problems(300, seed=0, exclude=seen)}
 
 
 def test_numbers_are_positive_whole_and_sensible(problems):
-    """A tiny model cannot spell fractions; and sums of three digits are where it errs when it has no calculator."""
+    """A tiny model cannot write fractions, and without a calculator it makes mistakes in three-digit sums."""
     results = [int(result) for p in problems for result in re.findall(r"=(\d+)>>", p.rationale)]
     assert min(results) >= 2 and max(results) < 1000
     assert sum(result > 99 for result in results) > len(results) / 2
 
 
 def test_stories_are_varied():
-    """All four operations, all names, all families; and no template so common that learning it alone would pay."""
+    """All four operations, all names and all families occur; no template is so common that learning it alone
+    would pay."""
     problems = make_problems(3000, seed=0)
     text = " ".join(problem.question + problem.rationale for problem in problems)
     counts = [len(re.findall(rf"<<\d+\{sign}", text)) for sign in "+-*/"]
@@ -123,7 +125,7 @@ def test_stories_are_varied():
 
 
 def test_two_families_are_kept_for_out_of_domain_tests():
-    """Their stories must not leak into training by the default arguments."""
+    """With the default arguments, their stories must not leak into training."""
     assert len(OUT_OF_DOMAIN) == 2 and not set(OUT_OF_DOMAIN) & set(IN_DOMAIN)
     text = " ".join(problem.question for problem in make_problems(1000, seed=0))
     assert "library" not in text and "trees" not in text
@@ -136,7 +138,7 @@ def test_stories_survive_the_disk(problems, tmp_path):
 
 
 def test_the_bundled_checkpoint_is_small_and_loads():
-    """`python run.py` starts from it in a fresh clone; five megabytes is what a repository should have to carry."""
+    """`python run.py` starts from it in a fresh clone; a repository should carry at most five megabytes."""
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 5_000_000
     assert sorted(file.name for file in TINY.iterdir()) == [
         "config.json",
@@ -148,7 +150,7 @@ def test_the_bundled_checkpoint_is_small_and_loads():
 
 
 def test_its_vocabulary_spells_every_story(problems):
-    """An unknown id in a question hides a word; in a rationale it would be trained on and then written."""
+    """An unknown id in a question hides a word; in a rationale the model would learn to write it."""
     tokenizer = Tokenizer(TINY)
     for problem in problems:
         for text in (problem.question, format_rationale(problem.rationale)):
@@ -157,7 +159,8 @@ def test_its_vocabulary_spells_every_story(problems):
 
 
 def test_its_digits_stand_alone():
-    """The calculator forces digits one by one, and the model may copy 57 digit by digit into places it has never seen."""
+    """The calculator forces digits one by one, and the model can copy 57 digit by digit into places where it
+    has never seen it."""
     tokenizer = Tokenizer(TINY)
     pieces = [tokenizer.piece(i) for i in range(tokenizer.n_pieces)]
     assert all(len(piece.strip()) == 1 for piece in pieces if re.search(r"\d", piece))
@@ -166,13 +169,14 @@ def test_its_digits_stand_alone():
 
 @pytest.fixture(scope="module")
 def read_by_the_base():
-    """The questions of several steps that data/tiny was pre-trained on."""
+    """The multi-step questions that data/tiny was pre-trained on."""
     return {problem.question for problem in make_tiny.make_many_steps()}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 42])
 def test_no_run_trains_or_tests_on_what_the_bundled_base_has_read(seed, read_by_the_base):
-    """The base read 60,000 stories of several steps. A seed that drew the same ones as L, U or tests would measure memory."""
+    """The base was pre-trained on 60,000 multi-step stories. A seed that drew the same ones as L, U or tests
+    would measure memory."""
     labeled, unlabeled, tests = run.load_data(
         run.parse_args(["--seed", str(seed), "--n-test", "2000", "--device", "cpu"])
     )
@@ -189,8 +193,8 @@ def test_no_run_trains_or_tests_on_what_the_bundled_base_has_read(seed, read_by_
 
 
 def test_the_base_answers_questions_of_one_step_and_chains_none():
-    """It stands for a model that has read and been taught single steps. If it solved longer problems there would be nothing to
-    learn from L; if it could not add, only the calculator would."""
+    """It represents a model that has read text and learned single steps. If it solved longer problems, there would be
+    nothing to learn from L; if it could not add, only the calculator would do arithmetic."""
     model, tokenizer = load_flan_t5(TINY), Tokenizer(TINY)
     for steps, low, high in ((1, 0.85, 1), (2, 0, 0.05), (3, 0, 0.05)):
         asked = make_problems(70, "base", (steps,), families=tuple(FAMILIES))

@@ -1,4 +1,4 @@
-"""Text to ids, ids to text, and GSM8K's spelling to T5's. The public tokenizer is the judge of the first two."""
+"""Text to ids, ids to text, and GSM8K's spelling to T5's. The ids are compared with the public tokenizer's."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def tokenizer(vocabulary) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def public(shared):
-    """The public tokenizer, in the `tokenizers` library."""
+    """The public tokenizer, loaded by the `tokenizers` library."""
     return pytest.importorskip("tokenizers").Tokenizer.from_file(
         str(shared / "flan-t5" / "tokenizer.json")
     )
@@ -46,7 +46,7 @@ def formatted(raw) -> list[str]:
 
 
 def test_ids_equal_the_public_tokenizers_on_every_dataset(datasets, tokenizer, public):
-    """Flan-T5 learned its embeddings under these ids; one shifted id per text would cost accuracy without an error."""
+    """Flan-T5 learned its embeddings for these ids; one shifted id per text would cost accuracy without an error."""
     texts = []
     for part in ("train", "dev", "test"):
         for row in rows(datasets / f"gsm8k/{part}.jsonl"):
@@ -60,7 +60,7 @@ def test_ids_equal_the_public_tokenizers_on_every_dataset(datasets, tokenizer, p
 
 
 def test_decoding_undoes_encoding(tokenizer, formatted):
-    """Answers are extracted from decoded text. Only unknown characters and runs of blanks may be lost on the way."""
+    """Answers are extracted from decoded text, so only unknown characters and repeated spaces may be lost."""
     known = [text for text in formatted if UNKNOWN_ID not in tokenizer.encode(text)]
     for text in known:
         expected = re.sub(" +", " ", unicodedata.normalize("NFKC", text)).strip()
@@ -68,7 +68,7 @@ def test_decoding_undoes_encoding(tokenizer, formatted):
 
 
 def test_decoding_skips_padding_end_and_ids_without_a_piece(tokenizer):
-    """Flan-T5's table has 32,128 rows for 32,100 ids: sampling can draw the other 28, and SentencePiece would raise."""
+    """Flan-T5's embedding has 32,128 rows for 32,100 ids: sampling can draw the other 28, and SentencePiece would raise."""
     ids = tokenizer.encode("two words")[:-1]
     assert tokenizer.decode([]) == tokenizer.decode([PAD_ID, EOS_ID, 32100, 32127]) == ""
     assert tokenizer.decode([PAD_ID, *ids, EOS_ID, PAD_ID, PAD_ID]) == "two words"
@@ -80,7 +80,7 @@ def test_decoding_skips_padding_end_and_ids_without_a_piece(tokenizer):
 
 
 def test_a_cut_text_still_ends(tokenizer):
-    """Cutting after EOS was appended would leave a target that never ends, and a model that learns to ramble."""
+    """Truncating after appending EOS would leave a target without an end, and the model would learn to ramble."""
     whole = tokenizer.encode("one two three four five six")
     for length in range(1, len(whole) + 3):
         cut = tokenizer.encode("one two three four five six", max_length=length)
@@ -92,7 +92,7 @@ def test_a_cut_text_still_ends(tokenizer):
 
 
 def test_pieces_put_together_are_the_text(tokenizer, formatted):
-    """The calculator reads rationales piece by piece, so the pieces must hold every character, spaces included."""
+    """The calculator reads rationales piece by piece, so the pieces must contain every character, including spaces."""
     for text in formatted[:500]:
         ids = tokenizer.encode(text)
         if UNKNOWN_ID not in ids:
@@ -101,7 +101,7 @@ def test_pieces_put_together_are_the_text(tokenizer, formatted):
 
 
 def test_a_batch_is_padded_on_the_right_with_a_mask():
-    """Left padding would move the decoder's first position; a mask by value would hide a real id 0."""
+    """Left padding would shift the decoder's first position; a mask computed from the ids would hide a real id 0."""
     ids, mask = pad_batch([[5, 6, 7], [0], [8, 9]])
     assert ids.tolist() == [[5, 6, 7], [0, 0, 0], [8, 9, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
@@ -109,7 +109,7 @@ def test_a_batch_is_padded_on_the_right_with_a_mask():
 
 
 def test_a_missing_or_foreign_vocabulary_is_one_sentence(vocabulary, tmp_path):
-    """These reach the user's terminal; SentencePiece itself answers with a C++ trace or with other ids."""
+    """The user sees these messages; SentencePiece itself gives a C++ trace or different ids."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     with pytest.raises(FileNotFoundError, match="spiece.model") as missing:
@@ -129,7 +129,7 @@ def test_a_missing_or_foreign_vocabulary_is_one_sentence(vocabulary, tmp_path):
         model_prefix=str(folder / "spiece"),
         vocab_size=16,
         minloglevel=2,
-    )  # SentencePiece's own default ids: unknown 0, begin 1, end 2, no padding
+    )  # SentencePiece's default ids: unknown 0, begin 1, end 2, no padding
     with pytest.raises(ValueError, match="padding") as refused:
         Tokenizer(folder)
     assert all(str(message) and "\n" not in str(message) for message in [*messages, refused.value])
@@ -139,7 +139,7 @@ def test_a_missing_or_foreign_vocabulary_is_one_sentence(vocabulary, tmp_path):
 
 
 def test_the_example_of_the_facts_is_met_to_the_letter():
-    """PAPER.md gives one rationale before and after."""
+    """The authors' code formats this rationale in the same way."""
     assert format_rationale(EXAMPLE[0]) == EXAMPLE[1]
 
 
@@ -168,12 +168,12 @@ def test_the_example_of_the_facts_is_met_to_the_letter():
     ],
 )
 def test_each_rule_alone(rule, before, after):
-    """One line of PAPER.md's list, or of DESIGN.md's mapping, per case."""
+    """Each case tests one rule of the authors' code, or one sign that we replace because T5 does not know it."""
     assert format_rationale(before) == after, rule
 
 
 def by_the_rules(raw: str) -> str:
-    """PAPER.md's rules read aloud, character by character; none of DESIGN.md's mapping of unknown signs."""
+    """The rules of the authors' code, applied character by character, without our replacement of unknown signs."""
     lines = []
     for line in raw.split("\n"):
         text, *annotated = line.split("<<")
@@ -185,7 +185,7 @@ def by_the_rules(raw: str) -> str:
             spaced, free = (
                 "",
                 0,
-            )  # the character after a spaced sign does not count as the one before the next
+            )  # the character after a spaced sign cannot also be the one before the next
             for at, (before, char, after) in enumerate(zip(" " + text, text, text[1:] + " ")):
                 squeezed = char == sign and not after.isspace() and (at > free or sign in ":$")
                 if squeezed and sign == ":":
@@ -202,7 +202,7 @@ def by_the_rules(raw: str) -> str:
 
 
 def test_gsm8k_follows_the_rules_but_for_mapped_signs(raw, formatted):
-    """At least 98 % of the real rationales are what the rules alone give; the rest has a sign that T5 does not know."""
+    """The rules alone give at least 98 % of the real rationales; the others have a sign that T5 does not know."""
     mapped = [text for text, ours in zip(raw, formatted) if ours != by_the_rules(text)]
     assert len(mapped) <= 0.02 * len(raw)
     assert all(re.search("[×÷−½¼¾`]", text) for text in mapped), [
@@ -211,13 +211,13 @@ def test_gsm8k_follows_the_rules_but_for_mapped_signs(raw, formatted):
 
 
 def test_line_ends_of_windows_change_nothing():
-    """A text typed there ends its lines in two characters; the first of them is no part of a step."""
+    """Text typed on Windows ends each line with two characters; the first is not part of the step."""
     text = "2*3 = <<2*3=6>>6 apples.\n6+1 = <<6+1=7>>7\n#### 7"
     assert format_rationale(text.replace("\n", "\r\n")) == format_rationale(text)
 
 
 def test_gsm8k_keeps_its_words_and_numbers(raw, formatted):
-    """Formatting moves spaces and signs only: letters and digits of every step and the answer line survive in order."""
+    """Formatting changes only spaces and signs: every step and the answer line keep their letters and digits in order."""
     for before, after in zip(raw, formatted):
         kept = re.sub(r"<<(\d+)=\1>>", "", before)
         kept = kept.replace("½", "12").replace("¼", "14").replace("¾", "34")
@@ -226,13 +226,13 @@ def test_gsm8k_keeps_its_words_and_numbers(raw, formatted):
 
 
 def test_hardly_any_rationale_holds_an_unknown_id(tokenizer, formatted):
-    """An unknown id cannot be learned back; raw answers have one in 6,630 of 6,705 cases, through `<<` alone."""
+    """A model cannot recover an unknown character; 6,630 of the 6,705 raw answers have one because of `<<` alone."""
     unknown = [text for text in formatted if UNKNOWN_ID in tokenizer.encode(text)]
     assert 0 < len(unknown) <= 20
 
 
 def test_gsm8k_markers_survive_the_vocabulary(tokenizer, formatted):
-    """`[`, `=`, `]` steer the calculator and `####` the extraction of answers: none may become unknown or merge away."""
+    """`[`, `=`, `]` control the calculator and `####` answer extraction: none may become unknown or disappear."""
     for text in formatted[:500]:
         back = tokenizer.decode(tokenizer.encode(text))
         for marker in ("[ ", "] ", " = ", "#### "):
@@ -240,8 +240,8 @@ def test_gsm8k_markers_survive_the_vocabulary(tokenizer, formatted):
 
 
 def test_formatting_twice_changes_nothing(formatted):
-    """Own data may come in either spelling, one step per line; a second pass must not space it out further."""
-    # Not: `5$` at the end of a line (the full stop comes after the rule for $), chains of digits such as 2 + 3+4.
+    """Users' data may have either spelling, one step per line; a second pass must not add more spaces."""
+    # Excluded: `5$` at the end of a line (the full stop is added after the rule for $), digit chains such as 2 + 3+4.
     settled = [
         text for text in formatted if "$." not in text and not re.search(r"\S[-+*/=]\S", text)
     ]

@@ -1,1 +1,3 @@
-"""What the README claims, measured: speed against named peers (interleaved, medians), and the method on many seeds."""
+"""The README's claims, measured: speed against named peers (interleaved, medians), and the method
+on many seeds.
+"""

@@ -1,10 +1,10 @@
-"""What DPO is worth at --size tiny: two controls, and table 3, more samples for pseudo-labels.
+"""DPO's contribution at --size tiny: two controls, and table 3 (more samples for pseudo-labels).
 
     python -m tests.bench.ablations [--seeds 0 1 2] [--rounds 1] [--only NAME ...]
 
-Every variant is run.py with other flags, or with DPO exchanged for `likelihood` below. Two run at
-a time, in runs/ablations. The tables, one for each round, compare each with DPO-ST of the same seed
-in runs/tiny-seed-SEED, which has to be there; the variants share its warm-up.
+Each variant is run.py with different flags, or with DPO replaced by `likelihood` below. Two run at
+a time, in runs/ablations. The tables, one for each round, compare the variants with DPO-ST of the
+same seed in runs/tiny-seed-SEED. That run must exist; the variants share its warm-up.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from model import T5
 from sft import Example, Schedule, sft_loss, train
 from tests.bench.report import config_of, interval, measure, spread
 
-FLAGS = {  # of run.py, by variant
+FLAGS = {  # run.py's flags, by variant
     "winning rationales only": "",
-    "ST with 8 samples": "--method st --st-samples 8",  # as many as DPO-ST draws, 5 and 3
-    "5 samples for labels": "--sft-samples 5",  # with the next: table 3
+    "ST with 8 samples": "--method st --st-samples 8",  # as many as DPO-ST draws: 5 + 3
+    "5 samples for labels": "--sft-samples 5",  # this and the next: table 3
     "10 samples for labels": "--sft-samples 10",
 }
 
@@ -42,16 +42,16 @@ def likelihood(
     name: str,
     log: Callable[[dict], None],
 ) -> T5:
-    """In place of train_dpo: as many steps on the winning rationales, and no preferences.
+    """Replace train_dpo: the same number of steps on the winning rationales, without preferences.
 
-    They are only made more likely (eq. 2); beta plays no part.
+    The steps only make these rationales more likely (eq. 2); beta is not used.
     """
     winning = [Example(pair.input_ids, pair.chosen) for pair in pairs]
     return train(policy, winning, n_steps, sft_loss, schedule, name, log, dropout=False)
 
 
 def run_variant(variant: str) -> None:
-    """run.py in this process, with what the variant exchanges; it reads the rest of the command."""
+    """Run run.py in this process with the variant's changes; it parses the remaining arguments."""
     if variant == "winning rationales only":
         selftrain.train_dpo = likelihood
     run.open_folder = open_with_warm_up
@@ -59,7 +59,7 @@ def run_variant(variant: str) -> None:
 
 
 def open_with_warm_up(folder: Path, config: dict, problems: object, base: Path) -> None:
-    """Begin the folder of a variant with the warm-up of the run that it is compared with."""
+    """Start a variant's folder with the warm-up of the run that it is compared with."""
     open_folder(folder, config, problems, base)
     usual = usual_folder(config["seed"]) / "warm-up"
     shutil.copytree(usual, folder / "warm-up", dirs_exist_ok=True)
@@ -70,12 +70,12 @@ def folder_of(variant: str, seed: int) -> Path:
 
 
 def usual_folder(seed: int) -> Path:
-    """The run as it is, which the variants of this seed are compared with."""
+    """The unmodified run that the variants of this seed are compared with."""
     return Path("runs") / f"tiny-seed-{seed}"
 
 
 def start(job: tuple[str, int, int]) -> None:
-    """Run a variant, with a seed and a number of rounds, in a process of its own."""
+    """Run a variant, with a seed and a number of rounds, in a new process."""
     variant, seed, rounds = job
     command = [sys.executable, "-m", "tests.bench.ablations", "--variant", variant]
     command += ["--method", "dpo-st", "--rounds", str(rounds), "--seed", str(seed)]
@@ -92,7 +92,7 @@ def method_of(variant: str) -> str:
 
 
 def look_up(folders: Sequence[Path], stage: str) -> dict[str, list[float]]:
-    """What the table is about, run by run: accuracy in %, pseudo-labels, correct samples in %."""
+    """The table's numbers for each run: accuracy in %, pseudo-labels, correct samples in %."""
     numbers: dict[str, list[float]] = {"accuracy": [], "labels": [], "correct": []}
     for folder in folders:
         groups = measure(folder)[stage]
@@ -110,7 +110,7 @@ def print_row(name: str, numbers: dict[str, list[float]], difference: str) -> No
 
 
 def print_round(number: int, seeds: Sequence[int], variants: Sequence[str]) -> None:
-    """The table after a round."""
+    """Print the table after a round."""
     print(f"\nRound {number}, {len(seeds)} seeds:\n")
     print("| variant | accuracy | minus the method as it is | pseudo-labels | correct samples |")
     print("|---|---|---|---|---|")

@@ -1,23 +1,23 @@
-"""Decoding speed beside transformers' `generate`: same weights, questions and threads, in turns.
+"""Decoding speed against transformers' `generate`: same weights, questions and threads, in turns.
 
     python -m tests.bench.decode [ROW ...] [--quick] [--repeats N] [--threads N]
     python -m tests.bench.decode --vocabulary DIR --questions gsm8k/test.jsonl
     python -m tests.bench.decode gpu --sizes base large --batches 32 96 256
 
-    equal       batches of 32 and of 1, equal lengths, no calculator; CTranslate2 beside the first
-    gold        gold rationales at their real lengths, which both are made to spell, with calculator
-    samples     five samples a question, ours with the calculator, transformers in two ways
-    calculator  what the calculator takes of a step
-    memory      beside the formula of decode.KVCache
-    growth      cost as the work grows, drawn in --out DIR; evaluation with --checkpoint DIR of a
-                tiny run
+    equal       batches of 32 and of 1, equal lengths, no calculator; CTranslate2 runs the first too
+    gold        gold rationales at their real lengths, which both are made to write, with calculator
+    samples     five samples per question, ours with the calculator, transformers in two ways
+    calculator  the time that the calculator takes in a step
+    memory      measured, against the formula of decode.KVCache
+    growth      cost as the work grows, plotted in --out DIR; evaluation with --checkpoint DIR of
+                a tiny run
     gpu         bf16, with the calculator, with and without decode.record_step
 
-Rows are of the `small` shape in fp32 but for the last. Without files: the vocabulary of data/tiny
+All rows except the last use the `small` shape in fp32. Without files: the vocabulary of data/tiny
 and synthetic problems. With them: Flan-T5's spiece.model and GSM8K's test.jsonl. Weights are
-random, for speed does not depend on them; denormals are flushed on both sides.
+random because speed does not depend on them; denormals are flushed on both sides.
 
-Figures are medians; in brackets stand the smallest and the largest ratio of two neighbouring turns.
+Figures are medians, with the smallest and the largest ratio of two adjacent turns in brackets.
 """
 
 import argparse
@@ -61,7 +61,7 @@ TINY = Path(__file__).parents[2] / "data" / "tiny"
 
 
 def build(size: str, vocabulary: Path, folder: Path) -> Path:
-    """Save random weights that end no text: EOS has the logit 0, never among the largest."""
+    """Save random weights that never end a text: EOS has logit 0, never among the largest."""
     torch.manual_seed(0)
     model = T5(SIZES[size])
     model.lm_head.weight.data[EOS_ID] = 0
@@ -70,11 +70,11 @@ def build(size: str, vocabulary: Path, folder: Path) -> Path:
     return folder
 
 
-# ----------------------------------------------------------------------------------- the measuring
+# --------------------------------------------------------------------------------------- measuring
 
 
 def take_turns(systems: dict[str, Callable], repeats: int) -> tuple[dict, dict]:
-    """Run all systems, one after the other, `repeats` times: their seconds, and last results."""
+    """Run all systems in turn, `repeats` times; return their seconds and their last results."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     results = {}
     for _ in range(repeats):
@@ -86,16 +86,16 @@ def take_turns(systems: dict[str, Callable], repeats: int) -> tuple[dict, dict]:
 
 
 def spread(ours: list[float], theirs: list[float]) -> str:
-    """Theirs over ours, turn by turn: the median (the smallest to the largest)."""
+    """Ratio of theirs to ours, turn by turn: the median (the smallest to the largest)."""
     ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def compare(label: str, systems: dict[str, Callable], repeats: int, batch: int) -> list[float]:
-    """Print a row for every system but the first, which is ours; return all tokens/s.
+    """Print a row for every system except the first, which is ours; return all tokens/s.
 
-    A system is a function that writes and returns samples, `batch` at a time. A full step is what
-    one token in every slot takes at this speed.
+    A system is a function that writes and returns samples, `batch` at a time. A full step is the
+    time for one token in every slot at this speed.
     """
     seconds, results = take_turns(systems, repeats)
     per_token = {}
@@ -107,7 +107,7 @@ def compare(label: str, systems: dict[str, Callable], repeats: int, batch: int) 
     ours, *peers = systems
     for peer, speed in zip(peers, speeds[1:]):
         pairs = zip(results[ours], results[peer], strict=True)
-        n_equal = sum(our.text == their.text for our, their in pairs)  # of samples: by chance
+        n_equal = sum(our.text == their.text for our, their in pairs)  # sampled texts: by chance
         cells = [label, f"{speeds[0]:,.0f}", f"{1000 * batch / speeds[0]:.1f} ms", peer]
         cells += [f"{speed:,.0f}", spread(per_token[ours], per_token[peer])]
         cells += [f"{n_equal} of {len(results[ours])}"]
@@ -116,7 +116,7 @@ def compare(label: str, systems: dict[str, Callable], repeats: int, batch: int) 
 
 
 def ceilings(dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
-    """What is possible here: operations/s in a large product, and bytes/s in a large read."""
+    """This machine's limits: operations/s in a large product, and bytes/s in a large read."""
     width = 2048 if device == "cpu" else 8192
     matrix = torch.randn(width, width, dtype=dtype, device=device)
     memory = torch.zeros(2**28 if device == "cpu" else 2**32, dtype=torch.uint8, device=device)
@@ -142,13 +142,13 @@ def describe_machine(args: argparse.Namespace) -> str:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at the most (VmHWM); Linux only."""
+    """Bytes of this process in memory, now (VmRSS) or at the peak (VmHWM); Linux only."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{field}:\s*(\d+)", status)[1])
 
 
 def in_new_process(function: Callable, *arguments: object):
-    """function(*arguments), in a process that has done nothing else."""
+    """Return function(*arguments), computed in a fresh process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
@@ -157,7 +157,7 @@ def in_new_process(function: Callable, *arguments: object):
 
 
 class Bench:
-    """One checkpoint in our hands and in transformers', to be measured side by side."""
+    """One checkpoint, loaded by our code and by transformers, to be measured side by side."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
         self.folder = folder
@@ -194,7 +194,7 @@ class Bench:
         return samples
 
     def both(self, questions: list[str], batch: int, **options) -> dict[str, Callable]:
-        """Ours and transformers, with the calculator (theirs re-reads) unless options say no."""
+        """Ours and transformers, by default with the calculator (theirs re-reads)."""
         options = {"calculator": True} | options
         peer = "re-reading" if options["calculator"] else "transformers"
         return {
@@ -203,12 +203,12 @@ class Bench:
         }
 
     def eager(self, questions: list[str], batch: int, **options) -> list[Sample]:
-        """Ours on a GPU, where every kernel of a step is launched by itself."""
+        """Ours on a GPU, with every kernel of a step launched separately."""
         with mock.patch.object(decode, "record_step", return_value=self.model.step):
             return self.ours(questions, batch, **options)
 
     def five_passes(self, questions: list[str], batch: int, **options) -> list[Sample]:
-        """Five samples of each question as the authors draw them."""
+        """Five samples of each question, drawn as the authors do."""
         samples = []
         for _ in range(5):
             samples += self.theirs(questions, batch, calculator=True, **options)
@@ -216,9 +216,9 @@ class Bench:
 
 
 def measure_equal(small: Bench, problems: list[Problem], args: argparse.Namespace) -> None:
-    """Every rationale has as many tokens; nothing is finished early, nothing is calculated."""
+    """All rationales have the same length; none ends early, and no calculator is used."""
     for batch in (32, 1):
-        asked = [problem.question for problem in problems[: max(2, batch)]]  # 1: two in turn
+        asked = [problem.question for problem in problems[: max(2, batch)]]  # batch 1: two in turn
         systems = small.both(asked, batch, max_new_tokens=args.tokens, calculator=False)
         if batch == 32 and ctranslate2:
             write = load_ctranslate2(small.folder, small.tokenizer, args.threads)
@@ -227,7 +227,7 @@ def measure_equal(small: Bench, problems: list[Problem], args: argparse.Namespac
 
 
 def measure_gold(small: Bench, problems: list[Problem], args: argparse.Namespace) -> None:
-    """What GSM8K asks of a decoder: lengths that differ, and a calculation in every line."""
+    """GSM8K's demands on a decoder: different lengths, and a calculation in every line."""
     scripts = gold_scripts(problems, small.tokenizer, 16 if args.quick else 64)
     systems = small.both(list(scripts), 32, max_new_tokens=MAX_RATIONALE)
     systems["re-reading"] = partial(systems["re-reading"], scripts=scripts)
@@ -236,7 +236,7 @@ def measure_gold(small: Bench, problems: list[Problem], args: argparse.Namespace
 
 
 def measure_samples(small: Bench, problems: list[Problem], args: argparse.Namespace) -> None:
-    """Five samples of each question: encoded once, or once for each."""
+    """Five samples of each question, which is encoded once or once per sample."""
     n = 8 if args.quick else 32
     asked = [problem.question for problem in problems[:n]]
     sampling = {"max_new_tokens": args.tokens, "temperature": 0.7, "top_k": TOP_K}
@@ -250,7 +250,7 @@ def measure_samples(small: Bench, problems: list[Problem], args: argparse.Namesp
 
 
 def measure_calculator(small: Bench, problems: list[Problem], args: argparse.Namespace) -> None:
-    """Milliseconds that a calculator takes of one step of 32 rows, without any model."""
+    """Milliseconds that each calculator takes in one step of 32 rows, without a model."""
     tokenizer = small.tokenizer
     scripts = gold_scripts(problems, tokenizer, 32).values()
     rationales = [script[:-1] for script in scripts]
@@ -285,12 +285,12 @@ def measure_memory(small: Bench, problems: list[Problem], args: argparse.Namespa
 
 
 def memory_of_generate(folder: Path, questions: list[str], n_tokens: int) -> str:
-    """In a new process: what KVCache holds, its docstring's formula, and what `generate` takes."""
+    """In a new process: KVCache's size, its docstring's formula, and the memory of `generate`."""
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(folder), Tokenizer(folder)
     n = len(questions)
     generate(model, tokenizer, ["Warm up."], max_new_tokens=2)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     generate(model, tokenizer, questions, max_new_tokens=n_tokens, batch_size=n)
     grown = resident("VmHWM") - before
@@ -306,7 +306,7 @@ def memory_of_generate(folder: Path, questions: list[str], n_tokens: int) -> str
 
 
 def measure_growth(small: Bench, problems: list[Problem], args: argparse.Namespace) -> None:
-    """More slots, longer rationales, more problems: what each token then costs; one turn each."""
+    """Cost per token with more slots, longer rationales and more problems; one turn each."""
     axes = {"batch size": [1, 8, 32, 128], "tokens per rationale": [50, 100, 200, 300]}
     if args.quick:
         axes = {"batch size": [1, 8], "tokens per rationale": [10, 20]}
@@ -330,7 +330,7 @@ def measure_growth(small: Bench, problems: list[Problem], args: argparse.Namespa
 
 
 def draw(axes: dict[str, list[int]], speeds: dict[str, list[list[float]]], out: Path) -> None:
-    """Tokens per second over batch size and over length, both systems."""
+    """Plot tokens per second over batch size and over length, for both systems."""
     if not add_plain_style():
         return
     figure, panels = new_figure(9, 3.6, 2)
@@ -350,7 +350,7 @@ def draw(axes: dict[str, list[int]], speeds: dict[str, list[list[float]]], out: 
 
 
 def measure_gpu(_: Bench, problems: list[Problem], args: argparse.Namespace) -> None:
-    """In bf16 on a CUDA GPU, beside what its memory and its products allow."""
+    """In bf16 on a CUDA GPU, next to the limits set by its memory and its products."""
     questions = [problem.question for problem in problems] * 2
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,10 +1,10 @@
-"""The paper's figure 6: what a DPO step does to the answers of a model, on the dev problems.
+"""The paper's figure 6: how a DPO step changes the answers of a model, on the dev problems.
 
     python -m tests.bench.dpo_step runs/tiny-seed-? [--round 1] [--problems N] [--out DIR]
 
-Before the step is f', after it f_d. Pass@1 is greedy, Pass@10 of ten samples at the run's own
-temperature. Pseudo-labels are those that three samples for each question of U give, gold rationales
-aside, and come from the files of the run. Runs that differ in the seed are merged.
+The model before the step is f', the model after it f_d. Pass@1 is greedy; Pass@10 uses ten samples
+at the run's temperature. Pseudo-labels are counted in the run's files, from three samples for each
+question of U, without gold rationales. Runs that differ in the seed are merged.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def measure_step(folder: Path, number: int, n_problems: int | None) -> dict[str,
 
 
 def draw(found: list[dict[str, list[float]]]):
-    """Bars before and after the step, for each of the three numbers."""
+    """Draw bars before and after the step, for each of the three numbers."""
     figure, panels = new_figure(10, 4, 3)
     for number, axes in enumerate(panels):
         for x, when, color in ((0, "before", "#999999"), (1, "after", RED)):

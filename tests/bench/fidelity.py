@@ -1,4 +1,4 @@
-"""What formatting, cutting and the calculator do to GSM8K's training text, with T5's vocabulary.
+"""How formatting, cutting and the calculator change GSM8K's training text, with T5's vocabulary.
 
 python -m tests.bench.fidelity --vocabulary DIR --problems gsm8k/train.jsonl
 """
@@ -19,7 +19,7 @@ def annotations(rationale: str) -> list[tuple[str, str]]:
 
 
 def same_number(found: str, written: str) -> bool:
-    """Whether a result differs in spelling or rounding only, such as 60.00 for 60."""
+    """Whether a result differs only in spelling or rounding, such as 60.00 for 60."""
     if not re.fullmatch(r"[0-9.,-]+", written):
         return False
     return abs(float(found) - float(written.replace(",", ""))) < 0.01

@@ -1,12 +1,12 @@
-"""Make data/tiny, where `python run.py` starts from: a small Flan-T5 that has read, never reasoned.
+"""Make data/tiny, the base of `python run.py`: a small Flan-T5 that has read but never reasoned.
 
-It stands for the public Flan-T5 in all but size. First its own vocabulary is learned from the
-synthetic stories. Then half of its training is T5's span corruption of multi-step questions and of
-rationales, each by itself: it never sees such a question together with ITS rationale. The other
-half, in place of Flan's instruction tuning, are one-step questions with their worked answer, two in
-five times two or three of them, of stories that have nothing to do with each other, answered in
-turn. What it cannot do afterwards is chain steps, the subject of the paper. It has read all
-families of stories, as Flan-T5 has read the web, and no test question.
+It plays the part of the public Flan-T5 in everything but size. First its own vocabulary is learned
+from the synthetic stories. Then half of its training is T5's span corruption of multi-step
+questions and of rationales, separately: it never sees such a question together with its rationale.
+The other half replaces Flan's instruction tuning: one-step questions with worked answers. Two in
+five of these examples join two or three unrelated stories, which are answered in turn. Afterwards
+the model cannot chain steps, which is the subject of the paper. It has read all families of
+stories, as Flan-T5 has read the web, but no test question.
 
     python -m tests.bench.make_tiny        # about 50 minutes on one CPU core
 """
@@ -31,13 +31,13 @@ from tokenizer import Tokenizer, format_rationale
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "tiny"
 SEED = 1
-STEPS = 12_000  # of the optimiser
+STEPS = 12_000  # optimiser steps
 BATCH = 32  # examples
-N_PIECES = 668  # with the 100 sentinels 768 ids
+N_PIECES = 668  # 768 ids with the 100 sentinels
 
 
 def make_vocabulary(path: Path) -> None:
-    """Learn SentencePiece pieces from 20,000 stories: every digit alone, and T5's special ids."""
+    """Learn SentencePiece pieces from 20,000 stories, with single digits and T5's special ids."""
     texts = []
     for problem in make_problems(20_000, SEED, steps=(1, 2, 3, 4), families=tuple(FAMILIES)):
         texts.append(problem.question)
@@ -68,9 +68,9 @@ def make_vocabulary(path: Path) -> None:
 
 
 def corrupt(ids: list[int], sentinel: int, rng: random.Random) -> tuple[list[int], list[int]]:
-    """T5's pre-training: hide spans of one to five pieces, each behind a sentinel of its own.
+    """T5's pre-training: replace spans of one to five pieces, each by its own sentinel.
 
-    Return what is left, and what was hidden. sentinel: the first one; they count down.
+    Return the remaining ids and the hidden ones. sentinel: the first one; they count down.
     """
     source = []
     target = []
@@ -83,13 +83,13 @@ def corrupt(ids: list[int], sentinel: int, rng: random.Random) -> tuple[list[int
             target += ids[i : i + length]
             sentinel -= 1
             i += length
-        source += ids[i : i + 1]  # none where the span went to the end
+        source += ids[i : i + 1]  # none if the span reached the end
         i += 1
     return source, target
 
 
 def answer_in_turn(tokenizer: Tokenizer, problems: Sequence[Problem]) -> Example:
-    """The questions of these problems, and their steps one after the other; the last has the answer."""
+    """Join the problems' questions, and their steps in order; the last problem has the answer."""
     question = " ".join(problem.question for problem in problems)
     steps = []
     for problem in problems:
@@ -105,7 +105,7 @@ def make_example(
     many_steps: Sequence[Problem],
     rng: random.Random,
 ) -> Example:
-    """Draw one example to pre-train on."""
+    """Draw one pre-training example."""
     kind = rng.random()
     if kind < 0.5:
         n = rng.choice((1, 1, 1, 2, 3))
@@ -114,7 +114,7 @@ def make_example(
     text = problem.question if kind < 0.6 else format_rationale(problem.rationale)
     *ids, eos = tokenizer.encode(text)
     sentinel = tokenizer.vocab_size - 1
-    if kind > 0.85:  # the whole rest of a rationale behind one sentinel
+    if kind > 0.85:  # one sentinel replaces the rest of a rationale
         cut = rng.randrange(len(ids))
         return Example([*ids[:cut], sentinel, eos], [sentinel, *ids[cut:], eos])
     source, target = corrupt(ids, sentinel, rng)
@@ -122,7 +122,7 @@ def make_example(
 
 
 def make_many_steps() -> list[Problem]:
-    """The longer problems of which questions and rationales are read, each by itself."""
+    """The multi-step problems whose questions and rationales are read separately."""
     tests = set()
     for problems in make_tests(10_000).values():
         tests.update(problem.question for problem in problems)
@@ -130,7 +130,7 @@ def make_many_steps() -> list[Problem]:
 
 
 def make_examples(tokenizer: Tokenizer) -> list[Example]:
-    """All examples to pre-train on, in the order in which they were drawn."""
+    """All pre-training examples, in the order in which they were drawn."""
     one_step = make_problems(150_000, SEED, steps=(1,), families=tuple(FAMILIES))
     many_steps = make_many_steps()
     rng = random.Random(SEED)
@@ -139,7 +139,7 @@ def make_examples(tokenizer: Tokenizer) -> list[Example]:
 
 
 def start_at_random(model: T5) -> None:
-    """Random weights by fan-in, as T5's were. q is smaller by the 1/sqrt(d_kv) that scores lack."""
+    """Draw weights by fan-in, as for T5. q is scaled by the 1/sqrt(d_kv) that scores lack."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -153,15 +153,15 @@ def start_at_random(model: T5) -> None:
 
 @torch.no_grad()
 def look_at_neighbours(model: T5) -> None:
-    """Start three heads of each stack at the token before, the same and the next one.
+    """Initialise three heads of each stack to look at the previous, the same and the next token.
 
-    To copy 56 digit by digit one must know which digit follows which 5. With position biases near
-    zero, as in T5, this model still mixed up digits after 10,000 steps; from here it copies after a
+    To copy 56 digit by digit, the model must know which digit follows which 5. With position biases
+    near zero, as in T5, it still mixed up digits after 10,000 steps; with these it copies after a
     few hundred.
     """
     for stack in (model.encoder, model.decoder):
-        last = 127 if stack.bidirectional else 0  # the decoder only looks to the left
-        # The nearest of the distances that share a bucket comes last, and so decides.
+        last = 127 if stack.bidirectional else 0  # the decoder looks only to the left
+        # Several distances share a bucket; the nearest comes last, so it sets the bias.
         for distance in sorted(range(-127, last + 1), key=abs, reverse=True):
             bucket = relative_position_bucket(torch.tensor(distance), stack.bidirectional)
             for head, offset, slope in ((0, -1, 2.0), (1, 0, 0.7), (2, 1, 2.0)):
@@ -169,7 +169,7 @@ def look_at_neighbours(model: T5) -> None:
 
 
 def make_model(tokenizer: Tokenizer) -> T5:
-    """The model before its training."""
+    """The untrained model."""
     config = replace(SIZES["tiny"], vocab_size=tokenizer.vocab_size)
     torch.manual_seed(SEED)
     model = T5(config)
@@ -186,7 +186,7 @@ def main() -> None:
     if sys.argv[1:]:
         sys.exit(__doc__)
     torch.set_num_threads(1)  # the order of sums, and so the last bits, depend on this number
-    torch.set_flush_denormal(True)  # early in training many numbers are denormal, which are slow
+    torch.set_flush_denormal(True)  # early in training many numbers are denormal, which is slow
     make_vocabulary(FOLDER / "spiece.model")
     tokenizer = Tokenizer(FOLDER)
     schedule = Schedule(

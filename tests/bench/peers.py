@@ -1,6 +1,6 @@
-"""What tests.bench.decode compares with: the authors' calculator, transformers, CTranslate2.
+"""The peers of tests.bench.decode: the authors' calculator, transformers, CTranslate2.
 
-Also how both sides are made to spell given rationales, so that they do the same work.
+This file also makes both sides write given rationales, so that they do the same work.
 """
 
 import re
@@ -21,17 +21,17 @@ from tokenizer import EOS_ID, MAX_QUESTION, MAX_RATIONALE, Tokenizer, format_rat
 
 try:
     import ctranslate2
-    import google.protobuf  # noqa: F401 (its converter reads the vocabulary with this)
+    import google.protobuf  # noqa: F401 (its converter needs this to read the vocabulary)
 except ModuleNotFoundError:
     ctranslate2 = None
 
 
 class ReReadingCalculator:
-    """The authors' way of a calculator: at every step the whole text of every row is read again."""
+    """A calculator like the authors': it re-reads the complete text of every row at every step."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.queues: dict[int, list[int]] = {}  # by row: ids that still have to be written
+        self.queues: dict[int, list[int]] = {}  # by row: ids still to be written
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for row, ids in enumerate(input_ids[:, 1:].tolist()):
@@ -64,9 +64,9 @@ class Script:
 
 @contextmanager
 def scripted(scripts: dict[str, list[int]]):
-    """For ours: the noise of a position spells the id that the question's script has there.
+    """For ours: the noise at a position encodes the id that the question's script has there.
 
-    The model's own choice is made all the same, so that its time counts, and thrown away.
+    The model's own choice is still computed, so that its time counts, and then discarded.
     """
     real_choice = decode.sample_next_token
 
@@ -83,7 +83,7 @@ def scripted(scripts: dict[str, list[int]]):
 
 
 def gold_scripts(problems: list[Problem], tokenizer: Tokenizer, n: int) -> dict[str, list[int]]:
-    """The ids of n gold rationales, by question, in which the calculator would change nothing."""
+    """The ids of n gold rationales that the calculator would not change, by question."""
     scripts: dict[str, list[int]] = {}
     for problem in problems:
         ids = tokenizer.encode(format_rationale(problem.rationale), MAX_RATIONALE)
@@ -96,13 +96,13 @@ def gold_scripts(problems: list[Problem], tokenizer: Tokenizer, n: int) -> dict[
 
 
 def load_peer(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """The checkpoint in transformers' hands."""
+    """Load the checkpoint into transformers."""
     model = transformers.T5ForConditionalGeneration.from_pretrained(folder)
     return model.to(device, dtype).eval()
 
 
 def load_ctranslate2(folder: Path, tokenizer: Tokenizer, n_threads: int) -> Callable:
-    """The checkpoint in CTranslate2's hands: a function that writes n_tokens for each question."""
+    """Load the checkpoint into CTranslate2; return a function that writes n_tokens per question."""
     converted = f"{folder}-converted"
     pieces = transformers.T5Tokenizer(str(folder / "spiece.model"), legacy=True)
     pieces.save_pretrained(folder)

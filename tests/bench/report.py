@@ -2,10 +2,9 @@
 
     python -m tests.bench.report runs/tiny-seed-? [--out DIR]
 
-Runs that differ in the seed only are merged: mean ± standard deviation. The accuracies of a
-single run have their 95 % interval instead. pass@k is estimated without bias from the n >= k
-rationales that the run drew for each question of U. Pictures are written as PNG and SVG, where
-matplotlib is installed.
+Runs that differ only in the seed are merged: mean ± standard deviation. The accuracies of a single
+run get a 95 % interval instead. pass@k is an unbiased estimate from the n >= k rationales that the
+run drew for each question of U. Figures are written as PNG and SVG if matplotlib is installed.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from tokenizer import Tokenizer, format_rationale
 
 NAMES = {"st": "ST", "dpo-st": "DPO-ST"}
 EXPECTED = "by the calculations of the problem's own rationale"
-SAME_KIND = MAY_CHANGE - {"rounds", "method", "bf16"}  # runs that differ in these are merged, too
+SAME_KIND = MAY_CHANGE - {"rounds", "method", "bf16"}  # runs that differ in these are also merged
 
 # Student's t for 95 %, by the number of runs: two, three, and so on.
 T_95 = (
@@ -36,7 +35,7 @@ T_95 = (
     *(2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09),
 )
 
-# Colours that every eye tells apart. Source: Okabe and Ito (2008).
+# Colours that colour-blind readers can distinguish. Source: Okabe and Ito (2008).
 BLUE = "#0072B2"
 RED = "#D55E00"
 GREEN = "#009E73"
@@ -68,8 +67,8 @@ def interval(differences: Sequence[float]) -> str:
 def wilson(n_right: int, n: int) -> tuple[float, float]:
     """The 95 % interval of the share n_right / n. Source: Wilson (1927).
 
-    It holds every share p that is at most 1.96 of its own standard errors, sqrt(p * (1 - p) / n),
-    away from the share that was found.
+    It contains every share p that is within 1.96 of its own standard errors, sqrt(p * (1 - p) / n),
+    of the observed share.
     """
     z = 1.96
     share = n_right / n
@@ -79,21 +78,21 @@ def wilson(n_right: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-# ------------------------------------------------------------------------------- what a folder says
+# --------------------------------------------------------------------------------- reading a folder
 
 
 def config_of(folder: Path) -> argparse.Namespace:
-    """The flags of a run. Raises FileNotFoundError where there is none."""
+    """The flags of a run. Raises FileNotFoundError if there is no run."""
     return argparse.Namespace(**read_run_config(folder / "config.json"))
 
 
 def is_generated(config: argparse.Namespace) -> bool:
-    """Whether the run's problems were generated, from its seed."""
+    """Whether the run's problems were generated from its seed."""
     return config.size == "tiny" and not config.labeled
 
 
 def kind_of(config: argparse.Namespace) -> dict:
-    """What runs must share to be merged: not the seed, nor how fast or where they computed."""
+    """The settings that merged runs must share: all but the seed and those for speed and place."""
     ignored = SAME_KIND | {"seed"}
     if is_generated(config):
         ignored |= {"problems"}
@@ -112,17 +111,17 @@ def solutions(config: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def calculations(rationale: str) -> list[str]:
-    """What stands in the brackets, as written and in this order: `[ 2 + 3 = 5]` -> 2 + 3 = 5."""
+    """The contents of the brackets, as written and in order: `[ 2 + 3 = 5]` -> 2 + 3 = 5."""
     return re.findall(r"\[ ([^\]]*)\]", rationale)
 
 
 def calculator_calls(rationale: str) -> list[str]:
-    """What the calculator was asked: `[ 2 + 3 = 5]` -> 2 + 3, the spaces included."""
+    """The calculator's inputs, including spaces: `[ 2 + 3 = 5]` -> 2 + 3."""
     return re.findall(r"\[([^\[=]*)=", rationale)
 
 
 def has_answer(rationale: str, gold: float | str) -> bool:
-    """Whether there is an answer at all, be it right or wrong."""
+    """Whether there is an answer, right or wrong."""
     if isinstance(gold, str):
         return "#### " in rationale
     return extract_answer(rationale) is not None
@@ -134,7 +133,7 @@ def chances(rows: list[dict], k: int) -> list[float]:
 
 
 def about_samples(rows: list[dict], tokenizer: Tokenizer, k: int) -> dict[str, float]:
-    """What sampled rationales are like, in % where no unit is said. rows: of a file of samples."""
+    """Statistics of sampled rationales, in % if no unit is given. rows: from a file of samples."""
     k = min(k, len(rows[0]["rationales"]))
     n = 0
     n_without = 0
@@ -163,9 +162,9 @@ def about_samples(rows: list[dict], tokenizer: Tokenizer, k: int) -> dict[str, f
 
 
 def count_labels(rows: list[dict], tokenizer: Tokenizer, n_samples: int) -> int:
-    """How many pseudo-labels the first n_samples of each question give, without gold and cap.
+    """Count the pseudo-labels from the first n_samples of each question, without gold or cap.
 
-    So the paper's figure 6 counts them; what is trained on is capped (selftrain.PERCENTILE).
+    The paper's figure 6 counts them this way; training caps them (selftrain.PERCENTILE).
     """
     problems = [Problem(row["question"], row["answer"]) for row in rows]
     samples = [row["rationales"][:n_samples] for row in rows]
@@ -179,7 +178,7 @@ def about_answers(rows: list[dict], solved_by: dict[str, list[str]]) -> dict[str
         if row["test"] == "held-out" and row["calculator"] and row["question"] in solved_by:
             known.append(row)
     known.sort(key=lambda row: len(solved_by[row["question"]]))
-    by_steps = []  # the same rows again, as tests of their own
+    by_steps = []  # the same rows again, as separate tests
     for row in known:
         by_steps.append(row | {"test": f"{len(solved_by[row['question']])} steps"})
     rows = rows + by_steps
@@ -198,11 +197,11 @@ def about_answers(rows: list[dict], solved_by: dict[str, list[str]]) -> dict[str
 
 
 def measure(folder: Path) -> dict[str, dict[str, dict]]:
-    """All numbers of a run: stage -> group -> name -> number. What is not there yet is left out.
+    """All numbers of a run: stage -> group -> name -> number. Missing results are left out.
 
-    The groups: "accuracy" of the model that a stage ends with, by test, in %; "problems", how many
-    each test has; "right answers", by which calculations, in %; and what samples on U are like,
-    "before" the DPO step (drawn for pairs) and "after" it (drawn for pseudo-labels).
+    The groups: "accuracy" of a stage's final model, by test, in %; "problems", the size of each
+    test; "right answers", by their calculations, in %; and statistics of samples on U, "before" the
+    DPO step (drawn for pairs) and "after" it (drawn for pseudo-labels).
     """
     config = config_of(folder)
     solved_by = solutions(config)
@@ -232,7 +231,7 @@ def measure(folder: Path) -> dict[str, dict[str, dict]]:
 
 
 def values_of(runs: list[dict], stage: str, group: str, name: str) -> list[float]:
-    """One number of every run that has it."""
+    """One number, from every run that has it."""
     values = []
     for found in runs:
         value = found.get(stage, {}).get(group, {}).get(name)
@@ -242,12 +241,12 @@ def values_of(runs: list[dict], stage: str, group: str, name: str) -> list[float
 
 
 def first_test(runs: list[dict]) -> str:
-    """The test set that differences and pictures are about."""
+    """The test set used for differences and figures."""
     return next(iter(runs[0]["warm-up"]["accuracy"]))
 
 
 def stages_of(runs: list[dict]) -> list[str]:
-    """All stages that any run has, in their order."""
+    """All stages that any run has, in order."""
     stages = []
     for found in runs:
         for stage in found:
@@ -257,7 +256,7 @@ def stages_of(runs: list[dict]) -> list[str]:
 
 
 def columns_of(runs: list[dict], group: str) -> list[str]:
-    """The names of all numbers of a group that any run has, in their order."""
+    """The names of all numbers of a group that any run has, in order."""
     columns = []
     for found in runs:
         for groups in found.values():
@@ -268,7 +267,7 @@ def columns_of(runs: list[dict], group: str) -> list[str]:
 
 
 def write_cell(runs: list[dict], stage: str, group: str, name: str) -> str:
-    """One number of all runs, as a table shows it."""
+    """A table cell: one number, over all runs."""
     values = values_of(runs, stage, group, name)
     if not values:
         return ""
@@ -281,7 +280,7 @@ def write_cell(runs: list[dict], stage: str, group: str, name: str) -> str:
 
 
 def print_rows(header: list[str], rows: list[list[str]]) -> None:
-    """A table in Markdown; rows without any number are left out."""
+    """Print a table in Markdown; rows without numbers are left out."""
     print(f"| {' | '.join(header)} |")
     print("|---" * len(header) + "|")
     for row in rows:
@@ -290,7 +289,7 @@ def print_rows(header: list[str], rows: list[list[str]]) -> None:
 
 
 def print_table(title: str, runs: list[dict], group: str) -> None:
-    """A row for each stage, a column for each number of the group; nothing where there is none."""
+    """Print a row for each stage, a column for each number of the group; nothing if it is empty."""
     columns = columns_of(runs, group)
     if not columns:
         return
@@ -314,7 +313,7 @@ def paired_differences(runs: list[dict], stage: str, other: str) -> list[float]:
 
 
 def print_differences(runs: list[dict]) -> None:
-    """What self-training gains, and what DPO-ST gains over ST."""
+    """Print the gains of self-training, and those of DPO-ST over ST."""
     print()
     stages = stages_of(runs)
     for stage in stages[1:]:
@@ -339,12 +338,12 @@ def print_tables(runs: list[dict]) -> None:
     print_differences(runs)
 
 
-# ----------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def new_figure(width: float, height: float, n_panels: int = 1) -> tuple:
-    """An empty picture, in inches, and its panel, or an array of them."""
-    from matplotlib.figure import Figure  # here, for the tables need none of it
+    """An empty figure, with its size in inches, and its panel or an array of panels."""
+    from matplotlib.figure import Figure  # here because the tables do not need it
 
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(1, n_panels)
@@ -353,7 +352,7 @@ def new_figure(width: float, height: float, n_panels: int = 1) -> tuple:
 def draw_band(
     axes, x: Sequence, rows: list, label: str, color: str, linestyle: str = "-", marker: str = ""
 ) -> None:
-    """A line through the means of rows, one row per run, and a band of one standard deviation."""
+    """Draw the means of rows (one row per run), with a band of one standard deviation."""
     columns = list(zip(*rows, strict=True))
     means = [statistics.mean(column) for column in columns]
     axes.plot(x, means, color=color, label=label, linestyle=linestyle, marker=marker)
@@ -365,13 +364,13 @@ def draw_band(
 
 
 def add_legend(axes, **options) -> None:
-    """Name the lines, if there are any yet."""
+    """Add a legend if there are any lines."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(**options)
 
 
 def per_round(runs: list[dict], method: str, test: str) -> list[list[float]]:
-    """Accuracy after SFT and after each round, for those runs that have ended most rounds."""
+    """Accuracy after SFT and after each round, for the runs that have finished the most rounds."""
     curves = []
     for found in runs:
         curve = values_of([found], "warm-up", "accuracy", test)
@@ -383,7 +382,7 @@ def per_round(runs: list[dict], method: str, test: str) -> list[list[float]]:
 
 
 def draw_rounds(runs: list[dict], lines: Sequence[tuple[str, str, str]]):
-    """Accuracy over rounds, both methods. lines: a test, what its line is called, and its style."""
+    """Plot accuracy over rounds, both methods. lines: a test, its line's label and its style."""
     figure, axes = new_figure(6.5, 4.5)
     last = 0
     for method in NAMES:
@@ -395,7 +394,7 @@ def draw_rounds(runs: list[dict], lines: Sequence[tuple[str, str, str]]):
                 draw_band(axes, rounds, rows, label, COLORS[method], style, marker="o")
                 last = max(last, rounds[-1])
     axes.set_xlabel("round (0: SFT)")
-    # The name of a test set is the user's: a dollar sign in it begins no formula.
+    # Users name the test sets: a dollar sign in a name must not start a formula.
     axes.set_ylabel(f"greedy accuracy, {lines[0][0]} (%)", parse_math=False)
     axes.set_xticks(range(last + 1))
     add_legend(axes)
@@ -405,7 +404,7 @@ def draw_rounds(runs: list[dict], lines: Sequence[tuple[str, str, str]]):
 def draw_logged(
     axes, logs: list[list[dict]], stage: str, number: str, label: str, color: str
 ) -> None:
-    """A number over the optimiser steps of a training; nothing where no run has logged it."""
+    """Plot a number over the optimiser steps of a stage; nothing if no run has logged it."""
     curves = []
     for log in logs:
         curve = {}
@@ -416,7 +415,7 @@ def draw_logged(
             curves.append(curve)
     if not curves:
         return
-    steps = sorted(set(curves[0]).intersection(*curves))  # that all of them have logged
+    steps = sorted(set(curves[0]).intersection(*curves))  # logged by all runs
     rows = []
     for curve in curves:
         rows.append([curve[step] for step in steps])
@@ -424,7 +423,7 @@ def draw_logged(
 
 
 def draw_dpo_curves(logs: list[list[dict]]):
-    """Loss, rewards and order of the pairs in the first DPO step."""
+    """Plot the loss, the rewards and the order of the pairs in the first DPO step."""
     stage = "dpo-st/round-1/dpo"
     figure, (losses, rewards, order) = new_figure(14, 4.2, 3)
     draw_logged(losses, logs, stage, "loss", "loss", RED)
@@ -444,7 +443,7 @@ def draw_dpo_curves(logs: list[list[dict]]):
 
 
 def draw_sft_loss(logs: list[list[dict]]):
-    """The loss of SFT, on labeled problems alone and with the first pseudo-labels."""
+    """Plot the SFT loss, on labeled problems alone and with the first pseudo-labels."""
     figure, axes = new_figure(6.5, 4.5)
     draw_logged(axes, logs, "warm-up/sft", "loss", "warm-up", "black")
     for method, name in NAMES.items():
@@ -458,7 +457,7 @@ def draw_sft_loss(logs: list[list[dict]]):
 
 
 def add_plain_style() -> bool:
-    """How all pictures look. False, with advice, where matplotlib is missing."""
+    """Set the style of all figures. False, with advice, if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -469,12 +468,12 @@ def add_plain_style() -> bool:
     matplotlib.rcParams["lines.linewidth"] = 2
     matplotlib.rcParams["axes.spines.top"] = False
     matplotlib.rcParams["axes.spines.right"] = False
-    matplotlib.rcParams["svg.hashsalt"] = "dpo-st"  # else its ids are drawn anew each time
+    matplotlib.rcParams["svg.hashsalt"] = "dpo-st"  # otherwise its ids change each time
     return True
 
 
 def save_figures(figures: dict, out: Path) -> None:
-    """Write pictures as PNG and SVG; the same runs give the same SVG to the byte."""
+    """Write figures as PNG and SVG; the same runs give the same SVG, byte for byte."""
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.tight_layout()
@@ -484,7 +483,7 @@ def save_figures(figures: dict, out: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log, but for one that a killed run has left half written."""
+    """The lines of a log, except one that a killed run left incomplete."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -495,7 +494,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
-    """Write all pictures that these runs have."""
+    """Write all figures that these runs have data for."""
     if not add_plain_style():
         return
     logs = [read_log(folder / "log.jsonl") for folder in folders]
@@ -511,11 +510,11 @@ def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
     save_figures(figures, out)
 
 
-# ---------------------------------------------------------------------------------------- the whole
+# --------------------------------------------------------------------------------------------- main
 
 
 def usable(paths: list[Path]) -> list[Path]:
-    """The folders that have anything to report, each once; of the others it is said why not."""
+    """The folders with something to report, each once; print why the others are left out."""
     folders = []
     places = set()
     for path in paths:

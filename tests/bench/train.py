@@ -1,4 +1,4 @@
-"""Training speed and memory: SFT beside transformers, DPO beside the way of TRL 0.8.6; in turns.
+"""Training speed and memory: SFT against transformers, DPO against TRL 0.8.6's method; in turns.
 
     python -m tests.bench.train [--quick] [--repeats N] [--threads N] [--size small]
     python -m tests.bench.train --vocabulary DIR --problems gsm8k/train.jsonl
@@ -7,11 +7,11 @@
     python -m tests.bench.train --scale                      # two processes against one
 
 Without files: the vocabulary of data/tiny and synthetic problems. With them: Flan-T5's spiece.model
-and GSM8K's train.jsonl. Weights are random, for speed does not depend on them; dropout is off, so
+and GSM8K's train.jsonl. Weights are random because speed does not depend on them; dropout is off so
 that losses can be compared step by step.
 
-Every system sits in a process of its own, whose peak of memory is its own, too. Figures are
-medians; in brackets stand the smallest and the largest ratio of two neighbouring turns.
+Each system runs in its own process, so its peak memory is measured separately. Figures are medians,
+with the smallest and the largest ratio of two adjacent turns in brackets.
 """
 
 import argparse
@@ -61,7 +61,7 @@ PEERS = {"SFT": "transformers", "DPO": "TRL's way"}
 
 
 def make_schedule(task: str, args: argparse.Namespace) -> Schedule:
-    """The numbers of run.py, but for smaller batches on a CPU and a line for every step."""
+    """run.py's numbers, except for smaller batches on a CPU and a log line for every step."""
     config = parse_args(["--size", "small", "--device", args.device])
     on_gpu = args.device == "cuda"
     return Schedule(
@@ -89,7 +89,7 @@ def peer_sft_loss(model, examples: list[Example]) -> Tensor:
 
 
 def concatenated_logps(model, pairs: list[PairExample]) -> tuple[Tensor, Tensor]:
-    """TRL's way: chosen and rejected in one batch, the question encoded for each; all logits."""
+    """TRL's method: chosen and rejected in one batch, the question encoded for each; all logits."""
     input_ids, mask = pad_batch([pair.input_ids for pair in pairs] * 2, model.device)
     rationales = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     labels, _ = pad_batch(rationales, model.device, IGNORE)
@@ -109,9 +109,9 @@ def peer_dpo_loss(policy, reference, pairs: list[PairExample]) -> Tensor:
 
 
 def peer_train(model, items: list, schedule: Schedule, loss_of: Callable) -> list[float]:
-    """The usual loop, an epoch: shuffled batches, padded to the longest, AdamW; losses by step.
+    """One epoch of the usual loop: shuffled batches padded to the longest, AdamW; losses by step.
 
-    AdamW is fused, as transformers' Trainer has it by default since torch 2.8.
+    AdamW is fused, which is the default of transformers' Trainer since torch 2.8.
     """
     n_steps = math.ceil(len(items) / schedule.batch_size)
     optimizer = torch.optim.AdamW(
@@ -135,7 +135,7 @@ def peer_train(model, items: list, schedule: Schedule, loss_of: Callable) -> lis
 
 
 def prepare(system: str, folder: Path, items: list, schedule: Schedule, device: str) -> Callable:
-    """Load what a system needs; return its training of one epoch, which returns losses by step."""
+    """Load a system; return a function that trains for one epoch and returns the losses by step."""
     if system == "transformers":
         model = load_peer(folder, device=device)
         return partial(peer_train, model, items, schedule, partial(peer_sft_loss, model))
@@ -159,12 +159,12 @@ def prepare(system: str, folder: Path, items: list, schedule: Schedule, device: 
 
 
 def train_once(n_threads: int, device: str, *arguments: object) -> tuple[float, list[float], int]:
-    """In a process of its own: the seconds of an epoch, its losses, and the peak of memory."""
+    """In its own process: the seconds of an epoch, its losses, and the peak memory."""
     torch.set_num_threads(n_threads)
     torch.set_flush_denormal(True)
     train = prepare(*arguments, device)
     began = time.perf_counter()
-    losses = train()  # numbers, so a GPU has done its work
+    losses = train()  # Python numbers, so a GPU has finished
     seconds = time.perf_counter() - began
     if device == "cuda":
         return seconds, losses, torch.cuda.max_memory_allocated()
@@ -202,7 +202,7 @@ def compare(task: str, folder: Path, items: list, args: argparse.Namespace) -> N
 
 
 def measure_memory(size: str, examples: list[Example], args: argparse.Namespace) -> tuple[int, int]:
-    """In a new process: the number of parameters, and the bytes that SFT takes at the most."""
+    """In a new process: the number of parameters, and SFT's peak memory in bytes."""
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     before = resident("VmRSS")
@@ -213,7 +213,7 @@ def measure_memory(size: str, examples: list[Example], args: argparse.Namespace)
 
 
 def scale_worker(questions: list[str], examples: list[Example], args: argparse.Namespace) -> None:
-    """What a process of --scale does: sample, then train; process 0 says how long that took."""
+    """The work of one process of --scale: sample, then train; process 0 prints the times."""
     torch.set_num_threads(1)
     start_processes("cpu")
     torch.manual_seed(0)
@@ -237,7 +237,7 @@ def scale_worker(questions: list[str], examples: list[Example], args: argparse.N
 
 
 def measure_scale(repeats: int) -> None:
-    """Let one process and two take turns under torchrun, each process with one thread."""
+    """Run one and two processes in turn under torchrun, each process with one thread."""
     sampling: dict[int, list[float]] = {1: [], 2: []}
     training: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(repeats):
@@ -287,7 +287,7 @@ def main() -> None:
             print(f"| {size} | {16 * n_parameters / 1e9:.1f} | {peak / 1e9:.1f} GB |", flush=True)
         return
     pairs = []
-    # Three pairs a question, as in a run; the rejected rationale is that of another question.
+    # Three pairs per question, as in a run; the rejected rationale belongs to another question.
     for i, problem in enumerate(problems[: 8 if args.quick else 32]):
         for number in range(3):
             other = problems[(3 * i + number + 500) % len(problems)]
