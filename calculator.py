@@ -1,7 +1,7 @@
-"""A calculator for what a language model writes: four operations, and nothing that could run.
+"""A calculator for arithmetic written by a language model; it never executes code.
 
-Source: paper, section 3.2. Left out on purpose: names, powers, functions. Neither `eval` nor a time
-limit is needed, because the grammar itself is bounded in length, depth and size.
+Source: paper, section 3.2. Left out on purpose: names, powers, functions. The grammar needs neither
+`eval` nor a time limit, because the length of an expression is bounded.
 
     python calculator.py "48 / 2"        # without an expression: five examples
 """
@@ -10,9 +10,8 @@ import re
 import sys
 from collections import deque
 
-MAX_LENGTH = 100  # characters; the longest annotation in GSM8K has 76
-MAX_DEPTH = 20  # nested brackets and signs
-MAX_SIZE = 1e15  # integers up to here are exact in a float
+MAX_LENGTH = 100  # characters; bounds nesting and time. GSM8K's longest annotation has 76
+MAX_RESULT = 1e15  # beyond it a float cannot hold every integer, and digits would be wrong
 
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,200  3.5  3.  .5
 TOKEN = re.compile(rf"{NUMBER}|[-+*/()%]")
@@ -25,27 +24,34 @@ def calculate(expression: str) -> str | None:
         product = factor (("*" | "/") factor)*
         factor  = ("-" | "+") factor  |  (number | "(" sum ")") "%"*
 
-    `2 + 3 * 4` is a sum of two products, 2 and 3 * 4: it gives "14". Never raises: division by
-    zero, other characters, absurd length, depth or size give None.
-    DIFFERS: percentages and thousands, 50% and 1,200, are read, too; the authors' code is `eval`.
+    Never raises: division by zero, other characters, and too long or too large input give None.
+    DIFFERS: percentages and thousands (50%, 1,200) are read, too; the authors' code is `eval`.
+
+    >>> calculate("2 + 3 * 4")  # a sum of two products, 2 and 3 * 4
+    '14'
+    >>> calculate("2 ** 9999") is None
+    True
     """
     if len(expression) > MAX_LENGTH or TOKEN.sub("", expression).strip():
         return None
     tokens = deque(TOKEN.findall(expression))
     try:
-        value = read_sum(tokens, MAX_DEPTH)
+        value = read_sum(tokens)
     except (ValueError, ZeroDivisionError):
         return None
-    if tokens:  # `2 3`, or a bracket too many
+    if tokens or abs(value) > MAX_RESULT:  # tokens are left after `2 3`, or an extra bracket
         return None
     return format_number(value)
 
 
 def format_number(value: float) -> str:
-    """Print an integer when within 1e-4 of one, else two decimals without closing zeros.
+    """Print an integer when within 1e-4 of one, else two decimals without trailing zeros.
 
-    DIFFERS: 0.29 * 100 = 28.999999999999996 prints as 29; the authors' code, which cuts
-    the decimals off before it compares, prints 29.0.
+    DIFFERS: 0.29 * 100 = 28.999999999999996 prints as 29; the authors' code, which truncates
+    before it compares, prints 29.0.
+
+    >>> [format_number(value) for value in (24.0, 0.29 * 100, 2.5, 1 / 3)]
+    ['24', '29', '2.5', '0.33']
     """
     if abs(value - round(value)) < 1e-4:
         return str(round(value))
@@ -55,54 +61,47 @@ def format_number(value: float) -> str:
     return text
 
 
-# Each reader takes from the left of `tokens` what belongs to it, and returns its value. `depth` is
-# how many brackets and signs may still be nested. Each raises ValueError for what the grammar does
-# not know.
+# Each reader removes its part of the expression from the left of `tokens` and returns its value.
+# Input outside the grammar raises ValueError.
 
 
-def read_sum(tokens: deque[str], depth: int) -> float:
-    value = read_product(tokens, depth)
+def read_sum(tokens: deque[str]) -> float:
+    value = read_product(tokens)
     while tokens and tokens[0] in "+-":
         if tokens.popleft() == "+":
-            value = bounded(value + read_product(tokens, depth))
+            value = value + read_product(tokens)
         else:
-            value = bounded(value - read_product(tokens, depth))
+            value = value - read_product(tokens)
     return value
 
 
-def read_product(tokens: deque[str], depth: int) -> float:
-    value = read_factor(tokens, depth)
+def read_product(tokens: deque[str]) -> float:
+    value = read_factor(tokens)
     while tokens and tokens[0] in "*/":
         if tokens.popleft() == "*":
-            value = bounded(value * read_factor(tokens, depth))
+            value = value * read_factor(tokens)
         else:
-            value = bounded(value / read_factor(tokens, depth))
+            value = value / read_factor(tokens)
     return value
 
 
-def read_factor(tokens: deque[str], depth: int) -> float:
-    if not tokens or depth == 0:
-        raise ValueError("nothing to read, or nested too deeply")
+def read_factor(tokens: deque[str]) -> float:
+    if not tokens:
+        raise ValueError("the expression is incomplete")
     first = tokens.popleft()
     if first == "-":
-        return -read_factor(tokens, depth - 1)
+        return -read_factor(tokens)
     if first == "+":
-        return read_factor(tokens, depth - 1)
+        return read_factor(tokens)
     if first == "(":
-        value = read_sum(tokens, depth - 1)
+        value = read_sum(tokens)
         if not tokens or tokens.popleft() != ")":
-            raise ValueError("a bracket stays open")
+            raise ValueError("unclosed bracket")
     else:
-        value = bounded(float(first.replace(",", "")))  # raises ValueError for a sign such as `)`
+        value = float(first.replace(",", ""))  # raises ValueError for a sign such as `)`
     while tokens and tokens[0] == "%":
         tokens.popleft()
         value = value / 100
-    return value
-
-
-def bounded(value: float) -> float:
-    if abs(value) > MAX_SIZE:
-        raise ValueError("too large")
     return value
 
 

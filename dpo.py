@@ -1,21 +1,22 @@
 """Direct preference optimisation (Rafailov et al., 2023; paper, section 2, eq. 5), written by hand.
 
-Left out: how pairs are made (selftrain.py), other preference losses, label smoothing, and pairs
-that are held out to be scored only.
+Left out: how pairs are made (selftrain.py), other preference losses, label smoothing, and held-out
+pairs for evaluation.
 
-    python dpo.py        # one pair worked by hand
+    python dpo.py        # a few DPO steps on one pair of the tiny model
 """
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import T5
+from model import T5, load_flan_t5
 from sft import IGNORE, Schedule, token_logps, train
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
 
@@ -36,10 +37,10 @@ class PairExample:
     input_ids: list[int]
     chosen: list[int]
     rejected: list[int]
-    weight: int = 1  # eq. 5 is a mean over pairs
+    n_terms: int = 1  # eq. 5 is a mean over pairs
 
     def __len__(self) -> int:
-        # Both rationales stand in one batch, the shorter one padded.
+        # Both rationales are in one batch, the shorter one padded.
         return len(self.input_ids) + 2 * max(len(self.chosen), len(self.rejected))
 
 
@@ -57,9 +58,9 @@ def make_pair_examples(pairs: Sequence[PreferencePair], tokenizer: Tokenizer) ->
 def sequence_logps(model: T5, pairs: Sequence[PairExample]) -> tuple[Tensor, Tensor]:
     """log pi(y|x) of the chosen and of the rejected rationales, each (B,) fp32.
 
-    It is a SUM over a rationale's tokens, EOS included and padding excluded: the log-probability of
-    the whole text. Nothing is shifted here: token_logps has shifted. Each question is
-    encoded once for both of its rationales.
+    It is a SUM over the rationale's tokens, EOS included and padding excluded: the log-probability
+    of the complete text. No shift here; token_logps does it. Each question is encoded once for both
+    of its rationales.
     """
     input_ids, mask = pad_batch([pair.input_ids for pair in pairs], model.device)
     rationales = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -78,12 +79,22 @@ def dpo_loss(
     reference_rejected: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, chosen and rejected rewards, from four log-probabilities of each pair, all (B,).
+    """Losses, chosen rewards and rejected rewards from four log-probabilities of each pair, (B,).
 
         r(y|x) = beta * (log pi(y|x) - log pi_ref(y|x))
         loss = -log sigmoid(r(y_w|x) - r(y_l|x))
 
-    Source: paper, section 2, eq. 5.
+    beta says how strongly the policy is tied to the reference: the smaller it is, the farther the
+    policy must move from the reference to reach the same loss. The loss makes rationales that reach
+    the answer more probable than those that do not, so a model trained with it should solve more
+    questions when it samples pseudo-labels. Source: paper, section 2, eq. 5.
+
+    >>> logps = [torch.tensor([value]) for value in (-11.0, -14.0, -12.0, -13.0)]
+    >>> losses, chosen_rewards, rejected_rewards = dpo_loss(*logps, beta=0.1)
+    >>> chosen_rewards, rejected_rewards  # 0.1 * (-11 + 12), 0.1 * (-14 + 13)
+    (tensor([0.1000]), tensor([-0.1000]))
+    >>> losses  # -log sigmoid(0.2); before training it is log 2 = 0.6931
+    tensor([0.5981])
     """
     chosen_rewards = beta * (chosen_logps - reference_chosen)
     rejected_rewards = beta * (rejected_logps - reference_rejected)
@@ -94,7 +105,10 @@ def dpo_loss(
 def pair_loss(
     policy: T5, pairs: Sequence[PairExample], reference: T5, beta: float
 ) -> dict[str, Tensor]:
-    """Eq. 5 with both its models, and the numbers that explain it, each summed over the pairs."""
+    """Eq. 5 with both of its models, and the numbers that explain it, each summed over the pairs.
+
+    reward_accuracy counts pairs whose chosen reward is higher; a tie, as before training, is not.
+    """
     with torch.no_grad():
         reference_chosen, reference_rejected = sequence_logps(reference, pairs)
     chosen, rejected = sequence_logps(policy, pairs)
@@ -121,8 +135,8 @@ def train_dpo(
 ) -> T5:
     """Train the policy for n_steps optimiser steps against a frozen copy of itself, the reference.
 
-    Dropout stays off, so that both agree at first and the first loss is log 2. The copy costs 4
-    bytes per parameter.
+    Dropout is off (the default of the authors' DPO trainer), so policy and reference agree at first
+    and the first loss is log 2. The copy costs 4 bytes per parameter.
     """
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     loss_of = partial(pair_loss, reference=reference, beta=beta)
@@ -130,12 +144,34 @@ def train_dpo(
 
 
 def main() -> None:
-    logps = [torch.tensor([value]) for value in (-11.0, -14.0, -12.0, -13.0)]
-    loss, chosen, rejected = dpo_loss(*logps, beta=0.1)
-    margin = (chosen - rejected).item()
-    print(f"log pi(chosen) -11, reference -12: reward 0.1 * (-11 + 12) = {chosen.item():+.2f}")
-    print(f"log pi(rejected) -14, reference -13: reward 0.1 * (-14 + 13) = {rejected.item():+.2f}")
-    print(f"loss: -log sigmoid({margin:.2f}) = {loss.item():.4f}; before training log 2 = 0.6931")
+    torch.set_num_threads(1)  # two are slower at this size
+    folder = Path(__file__).parent / "data" / "tiny"
+    policy, tokenizer = load_flan_t5(folder), Tokenizer(folder)
+    pair = PreferencePair(
+        question="Carl buys 2 chairs for 22 dollars each. How many dollars does Carl pay?",
+        chosen="The chairs cost 2 * 22 = [ 2 * 22 = 44] 44 dollars. #### 44",
+        rejected="The chairs cost 2 * 52 = [ 2 * 52 = 104] 104 dollars. #### 104",
+    )
+    [example] = make_pair_examples([pair], tokenizer)
+    reference = copy.deepcopy(policy)
+    print(f"question: {pair.question}\nchosen:   {pair.chosen}\nrejected: {pair.rejected}\n")
+
+    def show(title: str) -> None:
+        with torch.no_grad():
+            chosen, rejected = sequence_logps(policy, [example])
+            terms = pair_loss(policy, [example], reference, beta=0.1)
+        print(title)
+        print(f"  log pi of chosen {chosen.item():.4f}, of rejected {rejected.item():.4f}")
+        print(f"  reward margin {terms['reward_margin']:.4f}, loss (eq. 5) {terms['loss']:.4f}")
+
+    show("Policy = reference:")
+    schedule = Schedule(peak_rate=1e-4, batch_size=1)
+    train_dpo(policy, [example], 10, 0.1, schedule, "DPO", log=lambda record: None)
+    show("Policy after ten DPO steps, against the same reference:")
+    print(
+        "The margin has grown, and all of it comes from the rejected rationale: the chosen one has"
+    )
+    print("become slightly less probable, too. Eq. 5 asks for a margin, for nothing else.")
 
 
 if __name__ == "__main__":

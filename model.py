@@ -1,9 +1,9 @@
 """Flan-T5 in plain PyTorch: the encoder-decoder that DPO-ST trains (paper, section 4).
 
-This is the T5 v1.1 architecture (Raffel et al., 2020; Shazeer, 2020), with the names under which
-public checkpoints store it. Left out: losses (sft.py, dpo.py), sampling and its cache (decode.py),
-text (tokenizer.py), the files of a checkpoint (data/checkpoints.py), T5's own random start
-(tests/bench/make_tiny.py), and fp16, in which T5 overflows.
+The architecture is T5 v1.1 (Raffel et al., 2020; Shazeer, 2020). `public_name` maps our parameter
+names to those of the public checkpoints. Left out: losses (sft.py, dpo.py), sampling and its cache
+(decode.py), text (tokenizer.py), reading and checking checkpoint files (data/checkpoints.py), T5's
+random initialisation (tests/bench/make_tiny.py), and fp16, in which T5 overflows.
 
 Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K d_kv, V vocabulary.
 
@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.checkpoints import read_fields, read_number, read_tensors, write_checkpoint
+from data.checkpoints import read_fields, read_tensors, write_checkpoint
 
 START_ID = 0  # the decoder's first input: T5 starts from the padding id
 N_BUCKETS = 32  # of relative positions
-MAX_DISTANCE = 128  # in tokens; everything farther away shares the last bucket
-MASKED = -1e30  # added to a score that must not count; -inf makes NaN of a row without any key
+MAX_DISTANCE = 128  # in tokens; all larger distances share the last bucket
+MASKED = -1e30  # added to a masked score; -inf would give NaN in a row without any key
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class T5Config:
     epsilon: float = 1e-6  # in RMSNorm
 
 
-SIZES = {  # the public sizes, and tiny; a checkpoint's own config.json is what counts
+SIZES = {  # the public sizes, and tiny; a checkpoint is built from its own config.json
     "tiny": T5Config(
         d_model=128, d_ff=256, n_heads=4, n_layers=2, d_kv=32, vocab_size=768, dropout=0.0
     ),
@@ -56,8 +56,8 @@ SIZES = {  # the public sizes, and tiny; a checkpoint's own config.json is what 
 class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + epsilon), with the mean over the last dimension; (..., D).
 
-    Unlike LayerNorm it subtracts no mean and adds no bias. torch computes it in fp32, also for
-    bf16.
+    Unlike LayerNorm it subtracts no mean and adds no bias. torch computes it in fp32, also for a
+    bf16 input.
     """
 
     def __init__(self, config: T5Config):
@@ -70,16 +70,19 @@ class RMSNorm(nn.Module):
 
 
 def relative_position_bucket(distance: Tensor, bidirectional: bool) -> Tensor:
-    """Sort distances (key position - query position, int64, any shape) into buckets 0..N_BUCKETS-1.
+    """Map distances (key position - query position, int64, any shape) to buckets 0..N_BUCKETS-1.
 
-    The nearest half of the buckets hold one distance each, the others grow logarithmically up to
+    The nearest half of the buckets hold one distance each; the others grow logarithmically up to
     MAX_DISTANCE. Source: Raffel et al. (2020), section 2.1.
+
+    >>> relative_position_bucket(torch.tensor([0, -1, -15, -16, -20, -200]), bidirectional=False)
+    tensor([ 0,  1, 15, 16, 17, 31])
     """
     if bidirectional:  # the encoder: half of the buckets are for keys to the right
         n_buckets = N_BUCKETS // 2
         offset = (distance > 0) * n_buckets
         distance = distance.abs()
-    else:  # the decoder only looks to the left
+    else:  # the decoder looks only to the left
         n_buckets = N_BUCKETS
         offset = 0
         distance = (-distance).clamp(min=0)
@@ -91,20 +94,20 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool) -> Tensor:
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:
-    """A matrix product; T5 has no biases."""
+    """A linear layer without a bias; T5 has no biases."""
     return nn.Linear(n_in, n_out, bias=False)
 
 
 def embedding(n: int, width: int) -> nn.Embedding:
-    """nn.Embedding(n, width), which on the meta device would first import torch's compiler: 1 s."""
+    """nn.Embedding(n, width), but on the meta device it does not import torch's compiler (1 s)."""
     return nn.Embedding.from_pretrained(torch.randn(n, width), freeze=False)
 
 
 class Attention(nn.Module):
     """Multi-head attention.
 
-    Keys and values come from outside, so that one class serves self-attention, cross-attention, and
-    decoding token by token from a cache.
+    Keys and values are arguments, so that one class serves self-attention, cross-attention, and
+    token-by-token decoding from a cache.
     """
 
     def __init__(self, config: T5Config):
@@ -124,12 +127,12 @@ class Attention(nn.Module):
         return self.split_heads(self.k(x)), self.split_heads(self.v(x))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """x (B, T, D) -> for every position a mixture of the values, (B, T, D).
+        """x (B, T, D) -> a mixture of the values for every position, (B, T, D).
 
-        bias is added to the scores (B, H, T, S), and also masks.
+        bias is added to the scores (B, H, T, S); it also carries the mask.
         """
         queries = self.split_heads(self.q(x))  # (B, H, T, K)
-        # Other transformers divide by sqrt(K) here. T5's initialisation of q holds that factor.
+        # Other transformers divide by sqrt(K) here; T5 folds that factor into q's initialisation.
         scores = queries @ keys.transpose(2, 3) + bias  # (B, H, T, S)
         weights = self.dropout(scores.softmax(-1, dtype=torch.float32).to(values.dtype))
         mixed = weights @ values  # (B, H, T, K)
@@ -171,8 +174,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, states=None, source_bias=None, cache=None) -> Tensor:
         """x (B, T, D) -> (B, T, D).
 
-        In the decoder the source comes in one of two forms: encoder states (B, S, D); or, while x
-        is one new token per slot (T = 1), a decode.KVCache, which also holds the earlier tokens.
+        A decoder block reads the question from `states` (B, S, D), the encoder's output, or from
+        `cache` (see T5.step), which also holds the keys and values of the earlier tokens.
         """
         normed = self.self_attention_norm(x)
         keys, values = self.self_attention.keys_values(normed)
@@ -190,7 +193,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The blocks of one side, the relative position bias that they share, and the final norm."""
+    """The encoder or the decoder: its blocks, the position bias they share, and the final norm."""
 
     def __init__(self, config: T5Config, is_decoder: bool):
         super().__init__()
@@ -202,31 +205,42 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def position_bias(self, distance: Tensor) -> Tensor:
-        """What the heads add to a score at these distances: (..., T, S) -> (..., H, T, S)."""
+        """The bias of every head for these distances: (..., T, S) -> (..., H, T, S)."""
         buckets = relative_position_bucket(distance, self.bidirectional)
         return self.relative_bias(buckets).movedim(-1, -3)
 
+    def forward(self, x: Tensor, bias: Tensor, states=None, source_bias=None, cache=None) -> Tensor:
+        """Embedded tokens x (B, T, D) -> hidden states (B, T, D); the rest as in Block.forward."""
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, bias, states, source_bias, cache)
+        return self.dropout(self.final_norm(x))
+
 
 def padding_bias(mask: Tensor) -> Tensor:
-    """A mask (B, S), 1 on real tokens -> what to add to attention scores, (B, 1, 1, S) fp32."""
+    """A mask (B, S), 1 on real tokens -> a bias on attention scores, (B, 1, 1, S) fp32."""
     return torch.where(mask.bool(), 0.0, MASKED)[:, None, None, :]
 
 
 def shift_right(labels: Tensor) -> Tensor:
-    """Decoder inputs from labels (B, T) int64: START_ID first, the last dropped, padding -> 0.
+    """Decoder inputs from labels (B, T) int64: prepend START_ID, drop the last, set padding to 0.
 
-    Position t thus sees label t-1 and predicts label t: nothing downstream shifts again.
+    Position t then reads label t-1 and predicts label t: nothing downstream shifts again.
     """
     return F.pad(labels, (1, -1), value=START_ID).clamp(min=0)
 
 
 class T5(nn.Module):
-    """Flan-T5: `encode` a question once, then `decode` a whole target, or `step` through it."""
+    """Flan-T5: `encode` a question once, then `decode` a complete target, or `step` through it.
+
+    `decode` here is the decoder's forward pass; it does not turn ids into text (Tokenizer.decode),
+    and choosing tokens is decode.py's task.
+    """
 
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = embedding(config.vocab_size, config.d_model)  # of both stacks, NOT the head
+        self.shared = embedding(config.vocab_size, config.d_model)  # both stacks', NOT the head's
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = linear(config.d_model, config.vocab_size)
@@ -237,29 +251,22 @@ class T5(nn.Module):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Read questions: ids and mask (B, S) int64, 1 on real tokens -> states (B, S, D)."""
-        stack = self.encoder
         positions = torch.arange(input_ids.shape[1], device=self.device)
-        bias = stack.position_bias(positions[None, :] - positions[:, None])  # (H, S, S)
-        bias = bias + padding_bias(attention_mask)  # (B, H, S, S)
-        x = stack.dropout(self.shared(input_ids))
-        for block in stack.blocks:
-            x = block(x, bias)
-        return stack.dropout(stack.final_norm(x))
+        distance = positions[None, :] - positions[:, None]  # (S, S)
+        bias = self.encoder.position_bias(distance) + padding_bias(attention_mask)  # (B, H, S, S)
+        return self.encoder(self.shared(input_ids), bias)
 
     def decode(self, decoder_input_ids: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run whole targets at once: ids (B, T) -> hidden states (B, T, D), ready for `lm_head`.
+        """Read complete targets: ids (B, T) -> hidden states (B, T, D), ready for `lm_head`.
 
-        states (B, S, D) and attention_mask (B, S) are those of their questions.
+        states (B, S, D) and attention_mask (B, S) belong to the questions.
         """
-        stack = self.decoder
         positions = torch.arange(decoder_input_ids.shape[1], device=self.device)
         distance = positions[None, :] - positions[:, None]  # (T, T)
-        bias = stack.position_bias(distance) + torch.where(distance <= 0, 0.0, MASKED)  # (H, T, T)
+        causal = torch.where(distance <= 0, 0.0, MASKED)
+        bias = self.decoder.position_bias(distance) + causal  # (H, T, T)
         source_bias = padding_bias(attention_mask)  # cross-attention has no position bias
-        x = stack.dropout(self.shared(decoder_input_ids))
-        for block in stack.blocks:
-            x = block(x, bias, states=states, source_bias=source_bias)
-        return stack.dropout(stack.final_norm(x))
+        return self.decoder(self.shared(decoder_input_ids), bias, states, source_bias)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
@@ -269,15 +276,20 @@ class T5(nn.Module):
         return self.lm_head(self.decode(decoder_input_ids, states, attention_mask))
 
     def step(self, ids: Tensor, cache) -> Tensor:
-        """One more token for every slot of a decode.KVCache: ids (B,) int64 -> logits (B, V)."""
-        bias, source_bias = cache.advance()  # opens the next column of every slot
+        """Read one more token in every row of a batch: ids (B,) int64 -> logits (B, V).
+
+        The cache (decode.KVCache) offers three methods:
+            advance()                    -> the biases of this step, for own tokens and question
+            append(layer, keys, values)  -> stores this token's; returns those of all tokens so far
+            source(layer)                -> the question's keys and values
+        """
+        bias, source_bias = cache.advance()
         x = self.shared(ids[:, None])  # (B, 1, D)
-        for block in self.decoder.blocks:
-            x = block(x, bias, source_bias=source_bias, cache=cache)
-        return self.lm_head(self.decoder.final_norm(x))[:, 0]
+        hidden = self.decoder(x, bias, source_bias=source_bias, cache=cache)
+        return self.lm_head(hidden)[:, 0]
 
 
-# ----------------------------------------------------------------- public names, loading and saving
+# ------------------------------------------------------------------------------ public checkpoints
 
 
 PUBLIC_FIELDS = {  # our name -> the name in config.json
@@ -290,24 +302,14 @@ PUBLIC_FIELDS = {  # our name -> the name in config.json
     "dropout": "dropout_rate",
     "epsilon": "layer_norm_epsilon",
 }
-REQUIRED_FIELDS = {  # what makes it a Flan-T5; a file that does not state these describes a T5 1.0
-    "model_type": "t5",
-    "feed_forward_proj": "gated-gelu",
-}
-STANDARD_FIELDS = {  # what every T5 has, whether its file states it or not
-    "relative_attention_num_buckets": N_BUCKETS,
-    "relative_attention_max_distance": MAX_DISTANCE,
-    "dense_act_fn": "gelu_new",
-    "is_gated_act": True,
-    "decoder_start_token_id": START_ID,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-}
-EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 def public_name(name: str) -> str:
-    """Translate a parameter's name here to its name in the public checkpoints."""
+    """Translate one of our parameter names to its name in the public checkpoints.
+
+    >>> public_name("decoder.blocks.3.feed_forward.gate.weight")
+    'decoder.block.3.layer.2.DenseReluDense.wi_0.weight'
+    """
     feed_forward = "layer.2" if name.startswith("decoder") else "layer.1"
     translations = {
         "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias",
@@ -327,67 +329,39 @@ def public_name(name: str) -> str:
 
 
 def read_config(folder: str | Path) -> T5Config:
-    """Read a checkpoint's config.json. Raises ValueError if it describes anything but a Flan-T5."""
-    path = Path(folder) / "config.json"
-    fields = read_fields(path)
-    standard = STANDARD_FIELDS | {"num_decoder_layers": fields.get("num_layers")}
-    stated = standard | fields  # what a file leaves out is standard
-    for name, wanted in (REQUIRED_FIELDS | standard).items():
-        if stated.get(name) != wanted:
-            raise ValueError(f"{path}: {name} is {stated.get(name)!r}; a Flan-T5 has {wanted!r}")
-    generation = Path(folder) / "generation_config.json"
-    if generation.exists():
-        stated = standard | read_fields(generation)
-        for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
-            if stated[name] != standard[name]:
-                raise ValueError(f"{generation}: {name} is another one than a Flan-T5's")
-    # Release 5 of the public library writes tie_word_embeddings true for every T5, and whether the
-    # head is really tied, and its logits scaled, into a field of its own.
-    scaled = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", True))
-    if scaled is not False:
-        raise ValueError(f"{path}: the head is tied (tie_word_embeddings); Flan-T5's is not")
+    """Read a checkpoint's config.json. Raises ValueError unless it describes a Flan-T5."""
+    fields = read_fields(Path(folder))
     numbers = {}
     for ours, public in PUBLIC_FIELDS.items():
-        default = getattr(T5Config, ours, None)
-        numbers[ours] = read_number(path, fields, public, default)
+        if public in fields:  # otherwise T5Config's default is the public one, too
+            numbers[ours] = fields[public]
     return T5Config(**numbers)
 
 
 def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T5:
     """Build a T5 from a checkpoint folder in the public layout, in evaluation mode.
 
-    dtype is what the model computes in, fp32 or bf16; the file may store fp16. Every tensor must
-    be used exactly once, with the shape that config.json implies. Raises ValueError or
-    FileNotFoundError for damaged files, other architectures, missing or unknown tensors, and a
-    dtype of fp16.
+    dtype is the dtype that the model computes in, fp32 or bf16; the file may store fp16. Loading is
+    strict: every tensor is used exactly once. Raises ValueError or FileNotFoundError for damaged
+    files, other architectures, missing or unknown tensors, and for a dtype of fp16.
     """
-    folder = Path(folder)
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{dtype}: T5 overflows in fp16, use torch.float32 or torch.bfloat16")
-    with torch.device("meta"):  # no memory for weights that are replaced at once
+    with torch.device("meta"):  # allocate nothing for weights that are replaced below
         model = T5(read_config(folder))
-    tensors = read_tensors(folder)
-    for name in EMBEDDING_COPIES:  # public files store the embedding under one to three names
-        copy = tensors.pop(name, None)
-        if copy is None:
-            continue
-        shared = tensors.setdefault("shared.weight", copy)
-        if not torch.equal(shared, copy):
-            raise ValueError(f"{folder}: {name} differs from the other embedding: not a Flan-T5")
+    tensors = read_tensors(Path(folder))
     state = {}
     for name, parameter in model.named_parameters():
         public = public_name(name)
-        if public not in tensors:
+        tensor = tensors.pop(public, None)
+        if tensor is None:
             raise ValueError(f"{folder} lacks the tensor {public}: fetch the checkpoint again")
-        tensor = tensors.pop(public)
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{folder}: {public} is {found}, not {list(parameter.shape)}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{folder}: {public} holds NaN or infinity: fetch it again")
+        if tensor.shape != parameter.shape:
+            found, wanted = list(tensor.shape), list(parameter.shape)
+            raise ValueError(f"{folder}: {public} has the shape {found}, not {wanted}")
         state[name] = tensor.to(dtype)
     if tensors:
-        raise ValueError(f"{folder} holds {sorted(tensors)[0]}, a tensor that no Flan-T5 has")
+        raise ValueError(f"{folder} holds {min(tensors)}, a tensor that no Flan-T5 has")
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()
 
@@ -395,13 +369,9 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
 def save_flan_t5(model: T5, folder: str | Path) -> None:
     """Write config.json and pytorch_model.bin in the public layout, in the model's own dtype.
 
-    The folder then holds this model and no other: weights that lay there before are replaced.
-    Raises OSError.
+    Weights that were in the folder before are replaced. Raises OSError.
     """
-    fields = {"architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": False}
-    fields |= REQUIRED_FIELDS | STANDARD_FIELDS | {"num_decoder_layers": model.config.n_layers}
-    for ours, public in PUBLIC_FIELDS.items():
-        fields[public] = getattr(model.config, ours)
+    fields = {public: getattr(model.config, ours) for ours, public in PUBLIC_FIELDS.items()}
     fields["torch_dtype"] = str(model.shared.weight.dtype).removeprefix("torch.")
     tensors = {public_name(name): tensor.cpu() for name, tensor in model.state_dict().items()}
     write_checkpoint(Path(folder), fields, tensors)

@@ -1,8 +1,8 @@
-"""Self-training, plain and with DPO: Algorithms 1 and 2 of the paper, and their rules on text.
+"""Self-training, plain and with DPO: the paper's text rules, Algorithms 1 and 2, and their stages.
 
-First the rules (sections 3.1 and 4.2), which know no model; then the algorithms; then the stages
-that the algorithms are made of, and how their results come to stand on disk. Left out: tensors
-(model.py, decode.py, sft.py, dpo.py).
+First the rules on text (sections 3.1 and 4.2), which need no model; then the two algorithms; then
+what each step of them does, and how its result is stored. Left out: tensors (model.py, decode.py,
+sft.py, dpo.py), flags and data (run.py).
 
     python selftrain.py        # one question: the tiny model's samples -> pairs -> pseudo-labels
 """
@@ -10,34 +10,40 @@ that the algorithms are made of, and how their results come to stand on disk. Le
 import argparse
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.folder import remove_leftovers, write_beside
-from data.problems import Problem, read_jsonl, same_answer, write_jsonl
+from data.folder import write_atomically
+from data.problems import Problem, same_answer, write_jsonl
+from data.processes import from_process_0, share_work
+from data.results import accuracies, read_samples
 from data.synthetic import make_problems
-from decode import generate, mark_forced
+from data.terminal import run_command
+from decode import Sample, generate, mark_forced
 from dpo import PreferencePair, make_pair_examples, train_dpo
 from model import T5, load_flan_t5, save_flan_t5
-from sft import Schedule, from_process_0, make_examples, rank_and_count, share_work, train_sft
+from sft import Schedule, make_examples, train_sft
 from tokenizer import Tokenizer, format_rationale
 
-MAX_SIMILARITY = 0.7  # section 4.2: rationales that are more alike are duplicates
+MAX_SIMILARITY = 0.7  # section 4.2: more similar rationales are duplicates
 N_PAIRS = 3  # authors' code: preference pairs kept per question
 PERCENTILE = 90  # authors' code: caps the pseudo-labels per question
-Samples = Sequence[Sequence[str]]  # rationales, question by question
+Samples = list[list[str]]  # rationales, question by question
 
 # ----------------------------------------------------------------------------------- rules on text
 
 
 def extract_answer(rationale: str) -> float | None:
-    """The last `#### NUMBER` as a number, or None. Source: authors' code, eval_sampling.py."""
+    """The last `#### NUMBER` as a number, or None. Source: authors' code, eval_sampling.py.
+
+    >>> extract_answer("He pays 3 * 400 = [ 3 * 400 = 1200] 1200. #### 1,200")
+    1200.0
+    """
     found = re.findall(r"#+ (-?[0-9.,]+)", rationale)
     try:
         answer = float(found[-1].replace(",", ""))
@@ -47,9 +53,9 @@ def extract_answer(rationale: str) -> float | None:
 
 
 def is_correct(rationale: str, answer: float | str) -> bool:
-    """Whether the rationale reaches the gold answer, a number or, in your own data, a short text.
+    """Whether the rationale reaches the gold answer: a number or, in your own data, a short text.
 
-    DIFFERS: one meaning of correct everywhere; the authors' code has two tolerances.
+    DIFFERS: one definition of correct everywhere; the authors' code has two tolerances.
     """
     if isinstance(answer, str):
         _, mark, predicted = rationale.rpartition("#### ")
@@ -59,9 +65,9 @@ def is_correct(rationale: str, answer: float | str) -> bool:
 
 
 def split_samples(rationales: Sequence[str], answer: float | str) -> tuple[list[str], list[str]]:
-    """One question's samples as correct and incorrect ones, each sorted, exact duplicates dropped.
+    """One question's correct and incorrect samples, each sorted and without exact duplicates.
 
-    The order matters: of two similar rationales `deduplicate` keeps the first. Source: authors'
+    The order matters: `deduplicate` keeps the first of two similar rationales. Source: authors'
     code.
     """
     correct, incorrect = [], []
@@ -74,16 +80,25 @@ def split_samples(rationales: Sequence[str], answer: float | str) -> tuple[list[
 
 
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
-    """Similarity |a & b| / |a | b| of two sets of tokenizer pieces, 1 when both are empty."""
+    """Similarity |a & b| / |a | b| of two sets of tokenizer pieces, 1 when both are empty.
+
+    >>> jaccard(frozenset("abc"), frozenset("bcd"))
+    0.5
+    """
     if not a and not b:
         return 1.0
     return len(a & b) / len(a | b)
 
 
 def deduplicate(
-    rationales: Sequence[str], tokenizer: Tokenizer, max_similarity: float = MAX_SIMILARITY
+    rationales: Sequence[str], tokenizer: Tokenizer, max_similarity: float
 ) -> list[str]:
-    """Keep a rationale only if it is at most max_similarity alike to every one kept before it."""
+    """Keep a rationale only if its similarity to every kept one is at most max_similarity.
+
+    >>> texts = ["2 + 3 = 5. #### 5", "3 + 2 = 5. #### 5", "Ben has 5 coins. #### 5"]
+    >>> deduplicate(texts, Tokenizer("data/tiny"), MAX_SIMILARITY)  # the second: same pieces
+    ['2 + 3 = 5. #### 5', 'Ben has 5 coins. #### 5']
+    """
     kept: list[str] = []
     kept_pieces: list[frozenset[str]] = []
     for rationale in rationales:
@@ -98,20 +113,20 @@ def make_pairs(
     problem: Problem,
     rationales: Sequence[str],
     tokenizer: Tokenizer,
-    max_similarity: float = MAX_SIMILARITY,
-    n_pairs: int = N_PAIRS,
+    max_similarity: float,
+    n_pairs: int,
 ) -> list[PreferencePair]:
     """Pair the correct with the incorrect rationales of one question; there may be none.
 
-    Source: section 4.2 (deduplicate); authors' code, make_dpo_data.py (the gold rationale leads the
-    winning ones, the n_pairs least similar pairs are kept).
-    DIFFERS: pairs that are equally similar keep their order; the authors shuffle them first.
+    Source: section 4.2 (deduplicate); authors' code, make_dpo_data.py (the gold rationale is the
+    first winning one; the n_pairs least similar pairs are kept).
+    DIFFERS: equally similar pairs keep their order; the authors shuffle them first.
     """
     correct, incorrect = split_samples(rationales, problem.answer)
     gold = [problem.rationale] if problem.rationale else []
     winning = deduplicate(gold + correct, tokenizer, max_similarity)
     losing = deduplicate(incorrect, tokenizer, max_similarity)
-    # Each text is cut into pieces once, though it stands in many pairs.
+    # Tokenize each text once; it occurs in many pairs.
     pieces = {rationale: tokenizer.piece_set(rationale) for rationale in winning + losing}
     ranked = []
     for chosen in winning:
@@ -124,16 +139,16 @@ def make_pairs(
 
 def make_pseudo_labels(
     problems: Sequence[Problem],
-    samples: Samples,
+    samples: Sequence[Sequence[str]],
     tokenizer: Tokenizer,
-    max_similarity: float = MAX_SIMILARITY,
-    percentile: float = PERCENTILE,
+    max_similarity: float,
+    percentile: float,
 ) -> list[Problem]:
-    """S_a: correct rationales as training problems; samples[i] are those of problems[i].
+    """S_a: correct rationales as training problems; samples[i] belong to problems[i].
 
-    The gold rationale, where there is one, is kept before any sample, and left out at the end: L
-    has it. The number kept per question is capped at a percentile of that number over the questions
-    that have any. Source: section 3.1; the cap and gold: authors' code, make_rft_data.py.
+    A problem's gold rationale is kept before any sample and left out at the end, because L has it.
+    The number kept per question is capped at a percentile of that number over the questions that
+    have any. Source: section 3.1; the cap and gold: authors' code, make_rft_data.py.
     DIFFERS: the authors format these texts a second time, so that theirs end in `#### 24.`.
     """
     kept = []
@@ -154,307 +169,242 @@ def make_pseudo_labels(
 
 
 def pass_at_k(n: int, n_correct: int, k: int) -> float:
-    """The chance that k of n samples hold one of the n_correct right ones. Chen et al. (2021)."""
+    """The probability that k of n samples include a correct one. Source: Chen et al. (2021).
+
+    >>> pass_at_k(n=5, n_correct=1, k=3)
+    0.6
+    """
     return 1 - math.comb(n - n_correct, k) / math.comb(n, k)
 
 
 # ------------------------------------------------------------------------------ Algorithms 1 and 2
 
 
-def self_train(
-    method: str,
-    labeled: Sequence[Problem],
-    unlabeled: Sequence[Problem],
-    tests: dict[str, Sequence[Problem]],
-    config: argparse.Namespace,
-    stages: "Stages",
-) -> Path:
-    """Run Algorithm 1 (method "st") or Algorithm 2 ("dpo-st"); return the folder of the last model.
+def self_train(experiment: "Experiment", method: str) -> Path:
+    """Run Algorithm 1 (method "st") or Algorithm 2 ("dpo-st"); return the last f'.
 
-    labeled is L, with formatted rationales. unlabeled is U: its questions and answers are used, not
-    its rationales. config: the flags of run.py. stages: does the work.
+    f, f_prime and f_d are checkpoint folders: models travel from stage to stage as files. The first
+    argument of each stage is the file or folder that it makes.
     """
-    # In the paper U is L without its rationales. Here U may have other questions; gold is what L
-    # has for the same question and answer, never what U itself has.
-    same_question: dict[str, list[Problem]] = {}
-    for problem in labeled:
-        same_question.setdefault(problem.question, []).append(problem)
-    unlabeled = [
-        with_gold(problem, same_question.get(problem.question, [])) for problem in unlabeled
-    ]
-    # Samples of all rounds so far, question by question (authors' code).
-    drawn_for_pairs: list[list[str]] = [[] for _ in unlabeled]  # by f'
-    drawn_for_labels: list[list[str]] = [[] for _ in unlabeled]  # by f' (ST) or f_d (DPO-ST)
-    model = stages.sft("warm-up/sft", labeled)  # f' = SFT(f, L)
-    stages.evaluate("warm-up/evaluation.jsonl", model, tests)
-    for number in range(1, config.rounds + 1):
+    L, c = experiment.L, experiment.config
+    drawn_for_pairs: list[Samples] = []  # from f', in all rounds so far (authors' code)
+    drawn_for_labels: list[Samples] = []  # from f' (ST) or f_d (DPO-ST), in all rounds so far
+    f_prime = experiment.sft("warm-up/sft", L)  # f' = SFT(f, L)
+    experiment.evaluate("warm-up/evaluation.jsonl", f_prime)
+    for number in range(1, c.rounds + 1):
         here = f"{method}/round-{number}"
-        sampler = model
-        n_samples = config.st_samples
+        writer = f_prime
+        k = c.st_samples
         if method == "dpo-st":
             # DPO step: f_d = DPO(policy f', reference f', D)
-            name = f"{here}/samples-for-pairs.jsonl"
-            new = stages.sample(name, model, unlabeled, config.dpo_samples)
-            drawn_for_pairs = add_samples(drawn_for_pairs, new)
-            pairs = stages.pairs(f"{here}/preference-pairs.jsonl", unlabeled, drawn_for_pairs)
-            sampler = stages.dpo(f"{here}/dpo", model, pairs)
-            n_samples = config.sft_samples
-        # SFT step: f' = SFT(f, L + S_a), from the original weights f, never from the last round's
-        new = stages.sample(f"{here}/samples-for-labels.jsonl", sampler, unlabeled, n_samples)
-        drawn_for_labels = add_samples(drawn_for_labels, new)
-        labels = stages.pseudo_labels(f"{here}/pseudo-labels.jsonl", unlabeled, drawn_for_labels)
-        model = stages.sft(f"{here}/sft", [*labeled, *labels])
-        stages.evaluate(f"{here}/evaluation.jsonl", model, tests)
-    return model
+            new = experiment.sample(f"{here}/samples-for-pairs.jsonl", f_prime, c.dpo_samples)
+            drawn_for_pairs.append(new)
+            D = experiment.pairs(f"{here}/preference-pairs.jsonl", drawn_for_pairs)
+            f_d = experiment.dpo(f"{here}/dpo", f_prime, D)
+            writer = f_d
+            k = c.sft_samples
+        # SFT step: f' = SFT(f, L + S_a), always from the base weights f
+        new = experiment.sample(f"{here}/samples-for-labels.jsonl", writer, k)
+        drawn_for_labels.append(new)
+        S_a = experiment.pseudo_labels(f"{here}/pseudo-labels.jsonl", drawn_for_labels)
+        f_prime = experiment.sft(f"{here}/sft", L + S_a)
+        experiment.evaluate(f"{here}/evaluation.jsonl", f_prime)
+    return f_prime
 
 
-def with_gold(problem: Problem, labeled: Sequence[Problem]) -> Problem:
-    """A problem of U with the gold rationale of L's problem with this question and answer, if any.
+@dataclass
+class Experiment:
+    """What the algorithms are given, and their steps; each step makes one file or folder."""
 
-    labeled: L's problems with this question.
-    """
-    for other in labeled:
-        if same_answer(other.answer, problem.answer):
-            return other
-    return replace(problem, rationale=None)
+    config: argparse.Namespace  # the flags of run.py
+    L: list[Problem]  # labeled, with formatted rationales
+    U: list[Problem]  # unlabeled; only problems that L also has keep their rationale, as gold
+    tests: dict[str, list[Problem]]  # by name
+    f: Path  # the checkpoint with the base weights
+    tokenizer: Tokenizer
+    folder: Path  # the run's
+    log: Callable[[dict], None]
 
+    def once(self, name: str, make: Callable[[], object], write: Callable) -> Path:
+        """Make a result and write it under its name, unless it is there already.
 
-def add_samples(drawn: list[list[str]], new: list[list[str]]) -> list[list[str]]:
-    """Every question's samples so far and its new ones."""
-    return [old + more for old, more in zip(drawn, new, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------ stages
-
-
-class Stages:
-    """The steps of the algorithms. Each makes one file or folder, of its name, in the run's folder.
-
-    What is there is not made again, so the same command continues a run that was stopped. A model
-    is passed as the folder of its checkpoint. Under torchrun every process goes through all stages.
-    """
-
-    def __init__(
-        self,
-        base: Path,
-        tokenizer: Tokenizer,
-        config: argparse.Namespace,
-        folder: Path,
-        log: Callable[[dict], None],
-    ):
-        self.base = base  # the checkpoint with the original weights
-        self.tokenizer = tokenizer
-        self.config = config  # the flags of run.py
-        self.folder = folder  # of this run
-        self.log = log
-
-    def sft(self, name: str, problems: Sequence[Problem]) -> Path:
-        """Supervised fine-tuning, always from the original weights."""
-        c = self.config
+        This is all that a restart needs: the same command continues where a run was stopped. Under
+        torchrun every process makes the result, and process 0 writes it.
+        """
         path = self.folder / name
-        if not finished(path):
-            model = load_flan_t5(self.base, device=c.device)
-            examples = make_examples(problems, self.tokenizer)
-            schedule = self.schedule(c.sft_learning_rate, c.sft_batch_size)
-            model = train_sft(model, examples, c.sft_epochs, schedule, name, self.log)
-            finish(path, partial(self.write_model, model))
+        if not from_process_0(path.exists):
+            result = make()
+            from_process_0(
+                lambda: write_atomically(path, lambda temporary: write(result, temporary))
+            )
         return path
 
-    def dpo(self, name: str, policy: Path, pairs: Sequence[PreferencePair]) -> Path:
-        """DPO, starting from `policy`, which stays as it is. Without pairs it is skipped."""
+    def sft(self, name: str, problems: list[Problem]) -> Path:
+        """SFT(f, problems): supervised fine-tuning that starts from the base weights f."""
         c = self.config
-        path = self.folder / name
-        if not pairs:
-            reason = "no question has both a correct and an incorrect rationale"
-            self.log({"stage": name, "skipped_because": reason})
-            return policy
-        if not finished(path):
+
+        def train() -> T5:
+            model = load_flan_t5(self.f, device=c.device)
+            examples = make_examples(problems, self.tokenizer)
+            schedule = self.schedule(c.sft_learning_rate, c.sft_batch_size)
+            return train_sft(model, examples, c.sft_epochs, schedule, name, self.log)
+
+        return self.once(name, train, self.save)
+
+    def dpo(self, name: str, policy: Path, pairs: list[PreferencePair]) -> Path:
+        """DPO(policy, policy, pairs); without pairs, the policy itself."""
+        c = self.config
+
+        def train() -> T5:
             model = load_flan_t5(policy, device=c.device)
             examples = make_pair_examples(pairs, self.tokenizer)
             schedule = self.schedule(c.dpo_learning_rate, c.dpo_batch_size)
-            model = train_dpo(model, examples, c.dpo_steps, c.beta, schedule, name, self.log)
-            finish(path, partial(self.write_model, model))
-        return path
+            return train_dpo(model, examples, c.dpo_steps, c.beta, schedule, name, self.log)
 
-    def sample(
-        self, name: str, model: Path, problems: Sequence[Problem], n_samples: int
-    ) -> list[list[str]]:
-        """Draw n_samples rationales per problem, different ones in every stage."""
+        if not pairs:
+            return policy
+        return self.once(name, train, self.save)
+
+    def sample(self, name: str, model: Path, k: int) -> Samples:
+        """Draw k rationales for each question of U; every stage draws different ones."""
         c = self.config
-        path = self.folder / name
-        if not finished(path):
-            rows = self.write_rationales(
-                self.load_writer(model),
+
+        def draw() -> list[dict]:
+            rows = self.write(
+                self.load(model),
+                self.U,
                 name,
-                problems,
-                n_samples=n_samples,
+                n_samples=k,
                 temperature=c.temperature,
                 top_k=c.top_k,
                 calculator=c.calculator,
                 seed=f"{c.seed}/{name}",
             )
-            record = {"stage": name, "rationales": n_samples * len(rows)}
-            for k in (1, n_samples):
-                chances = [pass_at_k(n_samples, sum(row["correct"]), k) for row in rows]
-                record[f"pass@{k}"] = 100 * float(np.mean(chances))
+            record = {"stage": name, "rationales": k * len(rows)}
+            for n in (1, k):
+                chances = [pass_at_k(k, sum(row["correct"]), n) for row in rows]
+                record[f"pass@{n}"] = 100 * float(np.mean(chances))
             self.log(record)
-            finish(path, partial(write_jsonl, rows))
-        rows = read_jsonl(path)
-        read = [(row.get("question"), len(row.get("rationales", ()))) for row in rows]
-        if read != [(problem.question, n_samples) for problem in problems]:
-            raise ValueError(f"{path} is damaged: delete it, and the same command makes it again")
-        return [row["rationales"] for row in rows]
+            return rows
 
-    def pairs(
-        self, name: str, problems: Sequence[Problem], samples: Samples
-    ) -> list[PreferencePair]:
-        """D, from all samples drawn for it so far."""
+        path = self.once(name, draw, write_jsonl)
+        return read_samples(path, [problem.question for problem in self.U], k)
+
+    def pairs(self, name: str, rounds: list[Samples]) -> list[PreferencePair]:
+        """D, from the samples of all rounds so far."""
         c = self.config
         pairs = []
-        for problem, rationales in zip(problems, samples, strict=True):
+        for problem, rationales in zip(self.U, join_rounds(rounds), strict=True):
             pairs += make_pairs(problem, rationales, self.tokenizer, c.max_similarity, c.n_pairs)
-        self.keep(name, pairs)
-        return pairs
+        return self.keep(name, pairs, if_none="the DPO step is skipped")
 
-    def pseudo_labels(
-        self, name: str, problems: Sequence[Problem], samples: Samples
-    ) -> list[Problem]:
-        """S_a, from all samples drawn for it so far."""
+    def pseudo_labels(self, name: str, rounds: list[Samples]) -> list[Problem]:
+        """S_a, from the samples of all rounds so far."""
         c = self.config
         labels = make_pseudo_labels(
-            problems, samples, self.tokenizer, c.max_similarity, c.percentile
+            self.U, join_rounds(rounds), self.tokenizer, c.max_similarity, c.percentile
         )
-        self.keep(name, labels)
-        return labels
+        return self.keep(name, labels, if_none="SFT repeats the warm-up")
 
-    def keep(self, name: str, items: Sequence) -> None:
-        """Write pairs or labels for people to read; training takes them from memory."""
-        path = self.folder / name
-        if not finished(path):
+    def keep(self, name: str, items: list, if_none: str) -> list:
+        """Store pairs or labels for people to read; training uses those in memory."""
+
+        def count() -> list[dict]:
             questions = {item.question for item in items}
-            self.log({"stage": name, "kept": len(items), "questions": len(questions)})
-            finish(path, partial(write_jsonl, map(asdict, items)))
+            record = {"stage": name, "kept": len(items), "questions": len(questions)}
+            self.log(record if items else record | {"note": if_none})
+            return [asdict(item) for item in items]
 
-    def evaluate(self, name: str, model: Path, tests: dict[str, Sequence[Problem]]) -> None:
-        """Greedy rationales on every test set; on the one named dev also without calculator."""
-        path = self.folder / name
-        if not finished(path):
-            writer = self.load_writer(model)
+        self.once(name, count, write_jsonl)
+        return items
+
+    def evaluate(self, name: str, f_prime: Path) -> None:
+        """Greedy rationales on every test set; on dev also without the calculator (figure 7)."""
+
+        def answer() -> list[dict]:
+            model = self.load(f_prime)
+            plan = [(test, True) for test in self.tests]
+            if "dev" in self.tests:
+                plan.append(("dev", False))
             rows = []
-            for test in tests:
-                rows += self.answer(writer, test, tests[test], calculator=True)
-            if "dev" in tests:  # figure 7
-                rows += self.answer(writer, "dev", tests["dev"], calculator=False)
+            for test, calculator in plan:
+                answers = self.write(model, self.tests[test], test, calculator=calculator)
+                rows += [{"test": test, "calculator": calculator} | row for row in answers]
             self.log({"stage": name} | accuracies(rows))
-            finish(path, partial(write_jsonl, rows))
+            return rows
 
-    def answer(
-        self, writer: T5, test: str, problems: Sequence[Problem], calculator: bool
-    ) -> list[dict]:
-        """One greedy rationale for each problem of a test set."""
-        rows = self.write_rationales(writer, test, problems, calculator=calculator)
-        return [{"test": test, "calculator": calculator} | row for row in rows]
+        self.once(name, answer, write_jsonl)
 
-    def load_writer(self, model: Path) -> T5:
-        """A model that only writes.
+    def write(self, model: T5, problems: list[Problem], title: str, **options) -> list[dict]:
+        """Write rationales: one row per problem. options: of decode.generate."""
+        c = self.config
+
+        def write_share(share: Sequence[Problem]) -> list[dict]:
+            questions = [problem.question for problem in share]
+            written = generate(
+                model,
+                self.tokenizer,
+                questions,
+                max_new_tokens=c.max_new_tokens,
+                batch_size=c.decode_batch_size,
+                title=title,
+                **options,
+            )
+            return [to_row(problem, samples) for problem, samples in zip(share, written)]
+
+        return share_work(problems, write_share)
+
+    def load(self, model: Path) -> T5:
+        """Load a model for inference.
 
         DIFFERS: with --bf16 its weights are bf16, too; the authors keep fp32 weights and autocast.
         """
         dtype = torch.bfloat16 if self.config.bf16 else torch.float32
         return load_flan_t5(model, dtype, self.config.device)
 
-    def write_rationales(
-        self, writer: T5, title: str, problems: Sequence[Problem], **options
-    ) -> list[dict]:
-        """A row for each problem, written by all processes. options: of decode.generate."""
-        options["max_new_tokens"] = self.config.max_new_tokens
-        options["batch_size"] = self.config.decode_batch_size
-        options["title"] = title if rank_and_count()[0] == 0 else None
+    def save(self, model: T5, path: Path) -> None:
+        """Write a checkpoint that includes the vocabulary."""
+        save_flan_t5(model, path)
+        (path / "spiece.model").write_bytes((self.f / "spiece.model").read_bytes())
 
-        def write(share: Sequence[Problem]) -> list[dict]:
-            questions = [problem.question for problem in share]
-            written = generate(writer, self.tokenizer, questions, **options)
-            rows = []
-            for problem, samples in zip(share, written, strict=True):
-                row = {"question": problem.question, "answer": problem.answer}
-                row |= {"rationales": [], "correct": [], "finished": []}
-                for sample in samples:
-                    row["rationales"].append(sample.text)
-                    row["correct"].append(is_correct(sample.text, problem.answer))
-                    row["finished"].append(sample.finished)
-                rows.append(row)
-            return rows
-
-        return share_work(problems, write)
-
-    def schedule(self, learning_rate: float, batch_size: int) -> Schedule:
-        c = self.config
+    def schedule(self, peak_rate: float, batch_size: int) -> Schedule:
+        """Every field of Schedule after the first two is a flag of the same name."""
+        names = [field.name for field in fields(Schedule)[2:]]
         return Schedule(
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            warmup_ratio=c.warmup_ratio,
-            final_ratio=c.final_ratio,
-            weight_decay=c.weight_decay,
-            max_grad_norm=c.max_grad_norm,
-            micro_batch_tokens=c.micro_batch_tokens,
-            bf16=c.bf16,
-            log_every=c.log_every,
-            seed=c.seed,
+            peak_rate, batch_size, **{name: getattr(self.config, name) for name in names}
         )
 
-    def write_model(self, model: T5, path: Path) -> None:
-        """A checkpoint with the vocabulary, so that it stands on its own."""
-        save_flan_t5(model, path)
-        (path / "spiece.model").write_bytes((self.base / "spiece.model").read_bytes())
 
+def join_rounds(rounds: list[Samples]) -> Samples:
+    """The samples of all rounds, question by question.
 
-def accuracies(rows: Sequence[dict]) -> dict[str, float]:
-    """Percentage of problems solved by their first rationale, by test."""
-    solved: dict[str, list[bool]] = {}
-    for row in rows:
-        name = row["test"]
-        if not row["calculator"]:
-            name += " without calculator"
-        solved.setdefault(name, []).append(row["correct"][0])
-    return {name: 100 * sum(right) / len(right) for name, right in solved.items()}
-
-
-def finished(path: Path) -> bool:
-    """Whether a stage's result has its final name: then it is finished. Process 0 looks for all."""
-    return from_process_0(path.exists)
-
-
-def finish(path: Path, write: Callable[[Path], None]) -> None:
-    """Let process 0 write a stage's result beside its place and rename it when it is whole.
-
-    A run that is killed before that makes the stage again; one that is killed later finds it.
+    >>> join_rounds([[["a"], ["b"]], [["c"], ["d", "e"]]])
+    [['a', 'c'], ['b', 'd', 'e']]
     """
+    return [list(chain.from_iterable(samples)) for samples in zip(*rounds, strict=True)]
 
-    from_process_0(partial(write_beside, path, write))
-    from_process_0(partial(remove_leftovers, path))
+
+def to_row(problem: Problem, samples: Sequence[Sample]) -> dict:
+    """One line of a file of samples or of an evaluation."""
+    rationales = [sample.text for sample in samples]
+    return {
+        "question": problem.question,
+        "answer": problem.answer,
+        "rationales": rationales,
+        "correct": [is_correct(rationale, problem.answer) for rationale in rationales],
+        "finished": [sample.finished for sample in samples],
+    }
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # « and » are not in every encoding
     torch.set_num_threads(1)  # two are slower at this size
     folder = Path(__file__).parent / "data" / "tiny"
     tokenizer = Tokenizer(folder)
-    labeled = []
+    L = []
     for problem in make_problems(64, seed=0, steps=(2, 3)):
-        labeled.append(replace(problem, rationale=format_rationale(problem.rationale)))
-    schedule = Schedule(
-        learning_rate=1e-3,
-        batch_size=8,
-        warmup_ratio=0.1,
-        final_ratio=0.1,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        micro_batch_tokens=2048,
-        bf16=False,
-        log_every=10,
-        seed=0,
-    )
-    examples = make_examples(labeled, tokenizer)
+        L.append(replace(problem, rationale=format_rationale(problem.rationale)))
+    schedule = Schedule(peak_rate=1e-3, batch_size=8, seed=0)
+    examples = make_examples(L, tokenizer)
     model = train_sft(load_flan_t5(folder), examples, 3, schedule, "f' = SFT(f, L)", print)
 
     question = (
@@ -465,18 +415,19 @@ def main() -> None:
     [samples] = generate(
         model, tokenizer, [question], n_samples=6, temperature=0.7, max_new_tokens=100, seed=1
     )
-    print(f"\n{question}\nSix samples; what the calculator wrote stands between « and »:")
+    print(f"\n{question}\nSix samples; the calculator's tokens are between « and »:")
     rationales = [sample.text for sample in samples]
     for sample in samples:
         verdict = "correct:  " if is_correct(sample.text, problem.answer) else "incorrect:"
         print(f"  {verdict} {mark_forced(tokenizer, sample)}")
     print("Preference pairs, the least similar:")
-    for pair in make_pairs(problem, rationales, tokenizer):
+    for pair in make_pairs(problem, rationales, tokenizer, MAX_SIMILARITY, N_PAIRS):
         print(f"  chosen:   {pair.chosen}\n  rejected: {pair.rejected}")
     print("Pseudo-labels:")
-    for label in make_pseudo_labels([problem], [rationales], tokenizer):
+    labels = make_pseudo_labels([problem], [rationales], tokenizer, MAX_SIMILARITY, PERCENTILE)
+    for label in labels:
         print(f"  {label.rationale}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

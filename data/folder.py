@@ -1,7 +1,7 @@
-"""A run's folder: what has its final name is finished, and a run goes on with its own numbers only.
+"""A run's folder: what has its final name is complete, and a run keeps its settings.
 
-Every result is written beside its place and renamed when it is whole, so a run can be killed at any
-moment; the stage it was in is made again.
+Every result is written under a temporary name and renamed once complete, so a run can be killed at
+any moment; the stage that was interrupted is repeated.
 """
 
 import hashlib
@@ -9,12 +9,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.checkpoints import weight_files
+from data.processes import from_process_0, rank_and_count
+from data.terminal import say
 
-MAY_CHANGE = {  # when a run goes on: for more of it, and where its computing is done
+MAY_CHANGE = {  # when a run is continued: how much of it is run, and where it is computed
     "rounds",
     "method",
     "device",
@@ -23,7 +26,7 @@ MAY_CHANGE = {  # when a run goes on: for more of it, and where its computing is
     "decode_batch_size",
     "log_every",
     "out",
-    "weights",  # by name; by content they may not
+    "weights",  # the folder may move; its content may not change
     "labeled",
     "unlabeled",
     "test",
@@ -31,49 +34,78 @@ MAY_CHANGE = {  # when a run goes on: for more of it, and where its computing is
 OURS = ("warm-up", "st", "dpo-st", "log.jsonl", "results.json", "results.md")
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a small text file whole, in place of what is there."""
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let write(temporary) make a file or a folder; rename it to `path` once it is complete.
 
-    def write(unfinished: Path) -> None:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
-
-    write_beside(path, write)
-
-
-def write_beside(path: Path, write: Callable[[Path], None]) -> None:
-    """Let write(unfinished) make a file or a folder beside `path`, and rename it when it is whole.
-
-    So whatever has its final name is finished, whenever the process is killed. What is written has
-    a name of its own, so two runs cannot write into each other's files. Raises OSError.
+    The temporary name is unique, so two processes cannot write into each other's files. Raises
+    OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{path.name}.unfinished-"
-    with tempfile.TemporaryDirectory(
-        prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
-    ) as folder:
-        unfinished = Path(folder) / path.name
-        try:
-            write(unfinished)
-            if not path.is_dir():  # else another run has made the same folder meanwhile
-                os.replace(unfinished, path)
-        except FileNotFoundError:
-            if not path.exists():  # else another run was faster, and has cleared this away
-                raise
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        write(temporary)
+        os.replace(temporary, path)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what a process that was killed in `write_beside` has left beside a finished path."""
-    for leftover in path.parent.glob(f"{path.name}.unfinished-*"):
-        if leftover.is_dir() and {part.name for part in leftover.iterdir()} <= {path.name}:
-            shutil.rmtree(leftover)
+def write_text(text: str, path: Path) -> None:
+    """Replace a small text file as a whole."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+    write_atomically(path, write)
 
 
-def open_folder(folder: Path, config: dict, problems: object, base: Path) -> None:
-    """Begin a run in its folder, or continue one, and write config.json.
+@contextmanager
+def open_folder(folder: Path, config: dict, problems: object, base: Path) -> Iterator[None]:
+    """Begin a run in its folder, or continue one; `with` this, no other run can use the folder.
 
-    Raises ValueError if the folder holds a run with other numbers, problems or base weights, or
-    files that stand where this run's would.
+    Raises ValueError if the folder belongs to a run with other settings, problems or base weights,
+    to a run that is still running, or if it holds unrelated files under the names of results.
     """
+
+    def begin() -> None:
+        check_settings(folder, config, problems, base)
+        remove_leftovers(folder)
+        drop_unfinished(folder)
+
+    if rank_and_count()[0] > 0:
+        from_process_0(begin)  # waits for process 0
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        from_process_0(begin)
+        yield
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Refuse a second run in the folder. The lock ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(
+            f"another run is using {folder}: wait until it ends, or choose another --out"
+        ) from None
+    except OSError:  # some network file systems have no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_settings(folder: Path, config: dict, problems: object, base: Path) -> None:
+    """Write config.json, or compare it with that of the run that is to be continued."""
     path = folder / "config.json"
     config = config | {
         "problems": hashlib.sha256(repr(problems).encode()).hexdigest(),
@@ -86,17 +118,16 @@ def open_folder(folder: Path, config: dict, problems: object, base: Path) -> Non
                 there = f"--{name.replace('_', '-')} {before.get(name)}"
                 if name in ("problems", "base_weights"):
                     there = f"other {name.replace('_', ' ')}"
-                elif isinstance(config[name], bool):  # its flag may be called --no-...
+                elif isinstance(config[name], bool):  # the flag may be called --no-...
                     there = f"another setting of {name.replace('_', '-')}"
                 raise ValueError(
-                    f"{folder} holds a run with {there}: repeat that, or choose another --out"
+                    f"{folder} holds a run with {there}: use the same, or choose another --out"
                 )
     else:
         for name in OURS:
             if (folder / name).exists():
-                raise ValueError(f"{folder / name} is of no run: choose another --out")
+                raise ValueError(f"{folder / name} belongs to no run: choose another --out")
     write_text(json.dumps(config, indent=2) + "\n", path)
-    drop_unfinished(folder)
 
 
 def read_run_config(path: Path) -> dict:
@@ -105,12 +136,12 @@ def read_run_config(path: Path) -> dict:
     except ValueError:
         before = None
     if not isinstance(before, dict) or "base_weights" not in before:
-        raise ValueError(f"{path} is damaged, or of no run: choose another --out")
+        raise ValueError(f"{path} is damaged, or not of a run: choose another --out")
     return before
 
 
 def checksum(base: Path) -> str:
-    """A checksum of the files that are read of a checkpoint, whatever their folder is called."""
+    """A checksum of the files that make up a checkpoint, independent of their folder's name."""
     digest = hashlib.sha256()
     for path in [base / "config.json", base / "spiece.model", *weight_files(base)]:
         with open(path, "rb") as file:
@@ -118,8 +149,31 @@ def checksum(base: Path) -> str:
     return digest.hexdigest()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary folders of `write_atomically` that a killed run left behind."""
+    for part in OURS:
+        for leftover in (folder / part).rglob("*.unfinished-*"):
+            name = leftover.name.partition(".unfinished-")[0]
+            if leftover.is_dir() and {inner.name for inner in leftover.iterdir()} <= {name}:
+                shutil.rmtree(leftover)
+
+
+# --------------------------------------------------------------------------------------------- log
+
+
+def log_record(path: Path, record: dict) -> None:
+    """In process 0, print a record as one line and append it to log.jsonl."""
+    words = []
+    for key, value in record.items():
+        words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    say("  ".join(words))
+    if rank_and_count()[0] == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
 def drop_unfinished(folder: Path) -> None:
-    """Take the lines of unfinished stages out of log.jsonl: they will be logged again."""
+    """Remove the lines of unfinished stages from log.jsonl; they will be logged again."""
     path = folder / "log.jsonl"
     if not path.exists():
         return
@@ -127,7 +181,7 @@ def drop_unfinished(folder: Path) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             stage = json.loads(line)["stage"]
-        except (ValueError, KeyError, TypeError):  # killed in the middle of a line, or not ours
+        except (ValueError, KeyError, TypeError):  # a line cut by a kill, or not ours
             continue
         if (folder / str(stage)).exists():
             kept.append(line)

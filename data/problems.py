@@ -1,22 +1,21 @@
-r"""Problems: read, check and write them. A dataset is a JSONL file in one of three spellings:
+r"""Problems: read, check and write them. A dataset is a JSONL file in one of two spellings:
 
     {"question": "...", "answer": 24, "rationale": "48/2 = <<48/2=24>>24\n#### 24"}    ours
-    {"question": "...", "answer": "48/2 = <<48/2=24>>24\n#### 24"}                     GSM8K
-    {"question": "...", "ans": 24.0}                                     MultiArith, ASDiv, SVAMP
+    {"question": "...", "answer": "48/2 = <<48/2=24>>24\n#### 24"}                     GSM8K's
 
-One bad line refuses the whole file: skipping it would change the training set without a word.
+One bad line rejects the complete file: skipping it would change the training set silently.
 """
 
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 NUMBER = re.compile(r"-?(([0-9]{1,3}(,[0-9]{3})+|[0-9]+)(\.[0-9]*)?|\.[0-9]+)")
-WORD = re.compile(r"[^\W\d_].{0,39}")  # begins with a letter: `6 apples` is meant to be a number
+WORD = re.compile(r"[^\W\d_].{0,39}")  # starts with a letter: `6 apples` is not a word
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Problem:
 
 
 def same_answer(a: float | str, b: float | str) -> bool:
-    """Numbers are the same up to 1e-4, texts up to case, spaces, a last stop and Unicode's form."""
+    """Numbers: equal up to 1e-4; texts: up to case, spaces, a final stop and Unicode's form."""
     if isinstance(a, str) and isinstance(b, str):
         return plain_text(a) == plain_text(b)
     if isinstance(a, str) or isinstance(b, str):
@@ -38,8 +37,27 @@ def same_answer(a: float | str, b: float | str) -> bool:
 
 
 def plain_text(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text)  # as SentencePiece does with all that a model reads
+    text = unicodedata.normalize("NFKC", text)  # as SentencePiece does before a model reads it
     return "".join(text.split()).rstrip(".").casefold()
+
+
+def join_gold(unlabeled: list[Problem], labeled: list[Problem]) -> list[Problem]:
+    """U without rationales of its own: a problem that L has, too, becomes L's, with its rationale.
+
+    In the paper every problem of U is one of L; here U may have others.
+    """
+    same_question: dict[str, list[Problem]] = {}
+    for problem in labeled:
+        same_question.setdefault(problem.question, []).append(problem)
+    joined = []
+    for problem in unlabeled:
+        gold = replace(problem, rationale=None)
+        for other in same_question.get(problem.question, []):
+            if same_answer(other.answer, problem.answer):
+                gold = other
+                break
+        joined.append(gold)
+    return joined
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -69,19 +87,19 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def read_lines(path: str | Path) -> list[tuple[int, dict]]:
-    """The objects of a JSONL file, each with the number of its line; empty lines do not count."""
+    """The objects of a JSONL file, each with its line number; empty lines are skipped."""
     path = Path(path)
     if not path.exists() or path.is_dir():
-        raise FileNotFoundError(f"{path} is no file: check the path")
+        raise FileNotFoundError(f"{path} is not a file: check the path")
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
-            text = line.decode("utf-8-sig").strip()  # -sig: some editors begin a file with a mark
+            text = line.decode("utf-8-sig").strip()  # -sig: some editors start a file with a mark
             if not text:
                 continue
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)  # of JSON's error without its own line numbers
+            reason = getattr(error, "msg", error)  # JSON's message without its own line number
             raise ValueError(
                 f"{path}, line {number}: each line must be a JSON object ({reason})"
             ) from None
@@ -92,24 +110,20 @@ def read_lines(path: str | Path) -> list[tuple[int, dict]]:
 
 
 def to_problem(row: dict) -> Problem:
-    """Check one line and bring it to one form. Raises ValueError with what is wrong in it."""
+    """Check one row and make it a Problem. Raises ValueError that says what is wrong with it."""
     question = row.get("question")
     answer = row.get("answer")
     rationale = row.get("rationale")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question must be text, and not empty")
-    if isinstance(answer, str) and "####" in answer:  # GSM8K keeps the rationale here
+    if isinstance(answer, str) and "####" in answer:  # GSM8K's spelling
         if rationale is not None:
             raise ValueError("there are two rationales, one of them in the answer; keep one")
         rationale = answer
         answer = None
-    if "ans" in row:
-        if answer is not None:
-            raise ValueError("there is an answer and an ans; keep one of them")
-        answer = row["ans"]
     if rationale is not None:
         final = final_answer(rationale)
-        if answer is None and "ans" not in row:
+        if answer is None:
             answer = final
     if isinstance(answer, str):
         answer = to_answer(answer)
@@ -120,19 +134,19 @@ def to_problem(row: dict) -> Problem:
     if rationale is not None and not same_answer(final, answer):
         raise ValueError(f"the rationale ends in {final}, but the answer is {answer}")
     for text in (question, rationale or "", str(answer)):
-        text.encode()  # raises for half a character, which JSON can spell and no file can hold
+        text.encode()  # raises for a lone surrogate, which JSON can spell but no file can hold
     return Problem(question, answer, rationale)
 
 
 def final_answer(rationale: object) -> float | str:
-    """What stands behind the last `####`."""
+    """The answer after the last `####`."""
     if not isinstance(rationale, str) or "####" not in rationale:
         raise ValueError('a rationale must be text that ends in "#### ANSWER"')
     return to_answer(rationale.rpartition("####")[2])
 
 
 def to_answer(text: str) -> float | str:
-    """A number, or a short text that begins with a letter."""
+    """A number, or a short text that starts with a letter."""
     text = text.strip()
     if NUMBER.fullmatch(text):
         number = float(text.replace(",", ""))
@@ -146,20 +160,23 @@ def to_answer(text: str) -> float | str:
     return text
 
 
+def to_jsonl(rows: Iterable[dict]) -> str:
+    """One JSON object per line; the same rows always give the same text."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
-    """Write one JSON object a line, UTF-8; the same rows always give the same bytes."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Write one JSON object per line, UTF-8."""
+    Path(path).write_text(to_jsonl(rows), encoding="utf-8", newline="\n")
 
 
-# ------------------------------------------------------------------------------ before training
+# --------------------------------------------------------------------------------- before training
 
 
 def check_leakage(
     labeled: list[Problem], unlabeled: list[Problem], tests: dict[str, list[Problem]]
 ) -> None:
-    """Raise ValueError if a test asks what is trained on, up to case, spaces and Unicode's form."""
+    """Raise ValueError if a test question is also in the training data (compare plain_text)."""
     trained = {plain_text(problem.question) for problem in [*labeled, *unlabeled]}
     for name, problems in tests.items():
         leaked = [
@@ -167,43 +184,45 @@ def check_leakage(
         ]
         if leaked:
             raise ValueError(
-                f"{name}: {len(leaked)} questions are trained on, too ('{leaked[0]:.40}...'): "
-                "drop them, or add --allow-leakage"
+                f"{name}: {len(leaked)} questions are also in the training data "
+                f"('{leaked[0]:.40}...'): remove them, or add --allow-leakage"
             )
 
 
-def check_answer(problem: Problem, tokenizer) -> None:
-    """Raise ValueError if the answer has signs that the vocabulary lacks, so none can write it."""
-    if isinstance(problem.answer, str):
-        written = tokenizer.decode(tokenizer.encode(problem.answer))
-        if not same_answer(written, problem.answer):
-            raise ValueError(
-                f"'{problem.question:.40}...': the vocabulary lacks signs of the answer "
-                f"{problem.answer!r}, so it could never be written: spell it in other signs"
-            )
+def check_answers(problems: Iterable[Problem], tokenizer) -> None:
+    """Raise ValueError for an answer that no model can write, because the vocabulary lacks it."""
+    for problem in problems:
+        if isinstance(problem.answer, str):
+            written = tokenizer.decode(tokenizer.encode(problem.answer))
+            if not same_answer(written, problem.answer):
+                raise ValueError(
+                    f"'{problem.question:.40}...': the vocabulary lacks characters of the answer "
+                    f"{problem.answer!r}, so no model can write it: use other characters"
+                )
 
 
 def describe(
     labeled: list[Problem],
-    questions: Collection[str],
+    problems: Iterable[Problem],
     tokenizer,
     max_question: int,
     max_rationale: int,
 ) -> str:
-    """What of the texts is cut (lengths in tokens) or lost."""
+    """What is cut (lengths in tokens) or lost: one line, to be printed before training."""
     unknown_id = tokenizer.sentencepiece.unk_id()
-    cut = unknown = 0
+    questions = {problem.question for problem in problems}
+    n_cut = n_unknown = 0
     for question in questions:
         ids = tokenizer.encode(question)
-        cut += len(ids) > max_question
-        unknown += unknown_id in ids
-    long = unknown_rationales = 0
+        n_cut += len(ids) > max_question
+        n_unknown += unknown_id in ids
+    n_long = n_unknown_rationales = 0
     for problem in labeled:
         ids = tokenizer.encode(problem.rationale)
-        long += len(ids) > max_rationale
-        unknown_rationales += unknown_id in ids
+        n_long += len(ids) > max_rationale
+        n_unknown_rationales += unknown_id in ids
     return (
-        f"Of {len(questions)} questions {cut} are cut at {max_question} tokens and {unknown} have "
-        f"characters that the vocabulary lacks; of {len(labeled)} labeled rationales {long} are "
-        f"longer than {max_rationale} tokens and {unknown_rationales} have such characters"
+        f"Of {len(questions)} questions {n_cut} are cut at {max_question} tokens and {n_unknown} "
+        f"have characters that the vocabulary lacks; of {len(labeled)} labeled rationales {n_long} "
+        f"are longer than {max_rationale} tokens and {n_unknown_rationales} have such characters"
     )

@@ -1,7 +1,7 @@
 """Public sources: the paper's four datasets and the Flan-T5 weights, fetched once.
 
-Every address, in sources.json, is pinned to a commit. A file takes its final name only after its
-checksum proved right, so what the cache holds is whole. Half a file is not resumed.
+Every address, in sources.json, is pinned to a commit. A file gets its final name only after its
+checksum was verified, so every file in the cache is complete. Interrupted downloads start again.
 
     python -m data.sources base        # fetches the datasets and the weights of a size
 """
@@ -14,7 +14,6 @@ import re
 import socket
 import sys
 import urllib.request
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -23,10 +22,10 @@ from xml.etree import ElementTree
 import torch.hub
 
 from data.checkpoints import BIN, readable_formats, shards, weight_files
-from data.folder import write_beside
-from data.problems import write_jsonl
+from data.folder import write_text
+from data.problems import to_jsonl
 
-TIMEOUT = 60  # seconds without a byte; torch.hub itself waits for ever
+TIMEOUT = 60  # seconds without a byte; torch.hub itself would wait forever
 TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 DATASETS = TABLE["datasets"]
 FLAN_T5 = TABLE["flan-t5"]  # size: revision
@@ -48,17 +47,17 @@ def fetch_datasets(cache: str | Path | None = None) -> Path:
         path = folder / name
         url = f"{host}/{source['address']}"
         convert = CONVERSIONS.get(name)
-        if convert is None:
-            download(url, path, source["sha256"])
-            if hashlib.sha256(path.read_bytes()).hexdigest() != source["sha256"]:
-                raise DownloadError(f"{path} was changed since: delete it, and run this again")
-            continue
-        if path.exists():
-            continue
-        raw = path.with_name(url.rpartition("/")[2])
+        raw = path if convert is None else path.with_name(url.rpartition("/")[2])
         download(url, raw, source["sha256"])
+        content = raw.read_bytes()
+        if hashlib.sha256(content).hexdigest() != source["sha256"]:
+            raise DownloadError(f"{raw} has been changed: delete it, and run this again")
+        if convert is None:
+            continue
         try:
-            write_beside(path, partial(write_jsonl, convert(raw.read_bytes())))
+            text = to_jsonl(convert(content))
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                write_text(text, path)
         except OSError as error:
             raise not_fetched(url, path, error) from error
     return folder
@@ -67,20 +66,19 @@ def fetch_datasets(cache: str | Path | None = None) -> Path:
 def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
     """Return a folder with config.json, spiece.model and weights.
 
-    It is this cache's, the public library's own, or fetched from the hub.
-
-    Raises ValueError for an unknown size, DownloadError.
+    It is in this cache, in the Hugging Face library's cache, or fetched from the hub. Raises
+    ValueError for an unknown size, DownloadError.
     """
     if size not in FLAN_T5:
-        raise ValueError(f"there is no Flan-T5 {size!r}: choose among {', '.join(FLAN_T5)}")
+        raise ValueError(f"there is no Flan-T5 {size!r}: choose from {', '.join(FLAN_T5)}")
     folder = cache_folder(cache) / f"flan-t5-{size}-{FLAN_T5[size][:8]}"
     snapshot = f"models--google--flan-t5-{size}/snapshots/{FLAN_T5[size]}"
     for place in (folder, library_cache() / snapshot):
-        if is_whole(place):
+        if is_complete(place):
             return place
     host = host_of("HF_ENDPOINT", "https://huggingface.co")
     url = f"{host}/google/flan-t5-{size}/resolve/{FLAN_T5[size]}"
-    # config.json and the index have no sha256 anywhere; model.py checks all that they say.
+    # No sha256 is known for config.json and the index; data/checkpoints.py checks their content.
     download(f"{url}/config.json", folder / "config.json")
     download(f"{url}/spiece.model", folder / "spiece.model", SHA256["spiece.model"])
     for name in readable_formats():
@@ -102,7 +100,7 @@ def fetch_weights(url: str, folder: Path, name: str, size: str) -> None:
         try:
             paths = shards(index)
         except ValueError as error:
-            index.unlink()  # nothing that is broken stays
+            index.unlink()  # remove the broken index
             raise not_fetched(f"{url}/{index.name}", index, error) from error
     for path in paths:
         if not path.is_file():
@@ -111,12 +109,12 @@ def fetch_weights(url: str, folder: Path, name: str, size: str) -> None:
             download(address, path, known or stated_sha256(address, path))
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a folder has all that a checkpoint needs."""
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has all files of a checkpoint."""
     try:
         files = [folder / "config.json", folder / "spiece.model", *weight_files(folder)]
         return all(path.is_file() for path in files)
-    except (OSError, ValueError):  # none, a broken index, or another user's
+    except (OSError, ValueError):  # no weights, a broken index, or no permission
         return False
 
 
@@ -124,7 +122,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def cache_folder(cache: str | Path | None) -> Path:
-    """Where fetched files lie: the argument, $DPO_ST_CACHE, or the user's cache folder."""
+    """Where fetched files are kept: the argument, $DPO_ST_CACHE, or the user's cache folder."""
     cache = cache or os.environ.get("DPO_ST_CACHE")
     if cache:
         return Path(cache)
@@ -132,7 +130,7 @@ def cache_folder(cache: str | Path | None) -> Path:
 
 
 def library_cache() -> Path:
-    """Where the public library keeps what it has fetched."""
+    """Where the Hugging Face library keeps the files that it has fetched."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
             return Path(os.environ[variable])
@@ -146,9 +144,9 @@ def user_cache() -> Path:
         return Path(os.environ["XDG_CACHE_HOME"])
     try:
         return Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # a user without a home folder
         raise DownloadError(
-            "there is no home folder to keep files in: set DPO_ST_CACHE to a folder of yours"
+            "there is no home folder to keep files in: set DPO_ST_CACHE to one of your folders"
         ) from None
 
 
@@ -156,7 +154,7 @@ def host_of(variable: str, default: str) -> str:
     return (os.environ.get(variable) or default).rstrip("/")
 
 
-# ------------------------------------------------------------------------------------- one download
+# ---------------------------------------------------------------------------------------- downloads
 
 
 def not_fetched(url: str, path: Path, error: Exception) -> DownloadError:
@@ -168,7 +166,7 @@ def not_fetched(url: str, path: Path, error: Exception) -> DownloadError:
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Fetch and check a file unless it is there. Raises DownloadError, and keeps nothing then."""
+    """Fetch and check a file unless it is there. If it raises DownloadError, it leaves no file."""
     if path.is_file():
         return
     print(f"Fetching {url}", file=sys.stderr)
@@ -177,19 +175,15 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (
-        OSError,
-        HTTPException,
-        RuntimeError,
-        ValueError,
-    ) as error:  # RuntimeError: a wrong checksum
+    except (OSError, HTTPException, RuntimeError, ValueError) as error:
+        # RuntimeError: a wrong checksum
         raise not_fetched(url, path, error) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 class StopAtChecksum(urllib.request.HTTPRedirectHandler):
-    """The hub states a large file's sha256 only in the reply that redirects to its storage."""
+    """The hub states the sha256 of a large file only in the reply that redirects to its storage."""
 
     def redirect_request(self, request, reply, code, message, headers, url):
         if "X-Linked-ETag" in headers:
@@ -208,31 +202,31 @@ def stated_sha256(url: str, path: Path) -> str:
         headers = error.headers
     except (OSError, HTTPException, ValueError) as error:
         raise not_fetched(url, path, error) from error
-    checksum = headers.get("X-Linked-ETag", "").strip('"')  # an ETag of 64 digits is no sha256
+    checksum = headers.get("X-Linked-ETag", "").strip('"')  # a plain ETag is not a sha256
     if not re.fullmatch("[0-9a-f]{64}", checksum):
-        raise not_fetched(url, path, ValueError("nobody states its checksum"))
+        raise not_fetched(url, path, ValueError("its checksum is not known"))
     return checksum
 
 
-# ------------------------------------------------------------------ the three sets of other formats
+# -------------------------------------------------------------- the three sets in other formats
 
 
 def multiarith(raw: bytes) -> list[dict]:
     rows = []
     for problem in json.loads(raw):
         question = problem["sQuestion"].strip()
-        rows.append({"question": question, "ans": problem["lSolutions"][0]})
+        rows.append({"question": question, "answer": problem["lSolutions"][0]})
     return rows
 
 
 def asdiv(raw: bytes) -> list[dict]:
-    """The 2,096 of 2,305 problems whose answer is a whole number, alone or with one unit."""
+    """The 2,096 of 2,305 problems whose answer is an integer, alone or with one unit."""
     rows = []
     for problem in ElementTree.fromstring(raw).iter("Problem"):
         answer = re.fullmatch(r"(\d+)( \(.*\))?", problem.findtext("Answer"))
         if answer:
             question = f"{problem.findtext('Body')} {problem.findtext('Question')}".strip()
-            rows.append({"question": question, "ans": float(answer[1])})
+            rows.append({"question": question, "answer": float(answer[1])})
     return rows
 
 
@@ -243,7 +237,7 @@ def svamp(raw: bytes) -> list[dict]:
         if body[-1] not in ".?!,;:":
             body += "."
         question = " ".join(f"{body} {problem['Question']}".split())
-        rows.append({"question": question, "ans": problem["Answer"]})
+        rows.append({"question": question, "answer": problem["Answer"]})
     return rows
 
 

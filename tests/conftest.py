@@ -27,18 +27,7 @@ def schedule(**changes):
     """An sft.Schedule with the paper's numbers, some changed; every batch is one micro-batch."""
     from sft import Schedule
 
-    numbers = dict(
-        learning_rate=1e-3,
-        batch_size=96,
-        warmup_ratio=0.1,
-        final_ratio=0.1,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        micro_batch_tokens=10**6,
-        bf16=False,
-        log_every=10,
-        seed=42,
-    )
+    numbers = dict(peak_rate=1e-3, batch_size=96, micro_batch_tokens=10**6)
     return Schedule(**(numbers | changes))
 
 
@@ -73,6 +62,24 @@ def datasets() -> Path:
         if (folder / "gsm8k" / "train.jsonl").exists():
             return folder
     pytest.skip("needs the public datasets: python -m data.sources small")
+
+
+@pytest.fixture(scope="session")
+def public_sets(shared, tmp_path_factory) -> Path:
+    """All public datasets, converted from the untouched files in ../shared."""
+    from data.problems import write_jsonl
+    from data.sources import CONVERSIONS, DATASETS
+
+    folder = tmp_path_factory.mktemp("datasets")
+    for name, source in DATASETS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        convert = CONVERSIONS.get(name)
+        if convert is None:
+            (folder / name).write_bytes((shared / "data" / name).read_bytes())
+        else:
+            raw = shared / "sources" / source["address"].rpartition("/")[2]
+            write_jsonl(convert(raw.read_bytes()), folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from data.processes import from_process_0, rank_and_count, share_work, start_processes
 from data.synthetic import make_problems
+from data.terminal import run_command
 from dpo import PreferencePair
 from run import parse_args
-from selftrain import Stages
-from sft import end_processes, from_process_0, rank_and_count, share_work, start_processes
+from selftrain import Experiment
 from tokenizer import Tokenizer, format_rationale
 
 CONFIG = parse_args(
@@ -34,19 +35,19 @@ def main() -> None:
     start_processes("cpu")
     rank, n_processes = rank_and_count()
     logs = []
-    stages = Stages(base, Tokenizer(base), CONFIG, out, logs.append)
     problems = [replace(p, rationale=format_rationale(p.rationale)) for p in make_problems(31, 0)]
-    # 31 examples in batches of 10: the last batch of an epoch has one, so all processes but one none.
-    stages.sft("sft", problems)
+    known = make_problems(31, seed=1, steps=(1,))  # the bundled checkpoint answers these at length
+    tests = {"even": known[:20], "fewer than processes": known[:3]}
+    tokenizer = Tokenizer(base)
+    experiment = Experiment(CONFIG, problems, known, tests, base, tokenizer, out, logs.append)
+    # 31 examples in batches of 10: the last batch of an epoch has one, so most processes have none.
+    experiment.sft("sft", problems)
     pairs = []
     for problem, other in zip(problems, problems[1:], strict=False):
         pairs.append(PreferencePair(problem.question, problem.rationale, other.rationale))
-    stages.dpo("dpo", base, pairs)
-    known = make_problems(31, seed=1, steps=(1,))  # what the bundled checkpoint answers at length
-    stages.sample("samples.jsonl", base, known, 3)
-    stages.evaluate(
-        "evaluation.jsonl", base, {"even": known[:20], "fewer than processes": known[:3]}
-    )
+    experiment.dpo("dpo", base, pairs)
+    experiment.sample("samples.jsonl", base, 3)
+    experiment.evaluate("evaluation.jsonl", base)
     for n in range(6):
         shared = share_work(list(range(n)), lambda items: [(item, rank) for item in items])
         assert shared == [(item, item % n_processes) for item in range(n)]
@@ -55,8 +56,7 @@ def main() -> None:
         (out / "logs.json").write_text(json.dumps(logs))
     if n_processes > 1:
         atexit.register(os.abort)  # torch's threads do this at exit, in about one run of eight
-    end_processes()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,10 +7,16 @@ import shutil
 import pytest
 from conftest import ROOT
 
-from data.folder import MAY_CHANGE, open_folder, remove_leftovers, write_beside, write_text
+from data.folder import MAY_CHANGE, open_folder, remove_leftovers, write_atomically, write_text
 
 BASE = ROOT / "data" / "tiny"
 NUMBERS = {"beta": 0.5, "rounds": 2, "device": "cpu", "out": "runs/x"}
+
+
+def begin(folder, config, problems, base) -> None:
+    """Start a run in a folder, and end it at once."""
+    with open_folder(folder, config, problems, base):
+        pass
 
 
 def names(folder) -> list[str]:
@@ -27,7 +33,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
         raise error
 
     with pytest.raises(type(error)):
-        write_beside(tmp_path / "file", fail)
+        write_atomically(tmp_path / "file", fail)
     monkeypatch.setattr(os, "replace", lambda *_: fail(tmp_path / "x"))
     with pytest.raises(type(error)):
         write_text("new", tmp_path / "file")
@@ -35,13 +41,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
 
 
-def test_what_a_killed_process_left_goes_when_the_stage_is_finished_and_nothing_else(tmp_path):
-    """SIGKILL during a save leaves a folder behind. The next attempt removes it, but no file or folder that this
-    project did not make, whatever its name."""
-    ours = tmp_path / "sft.unfinished-abc123"
+def test_what_a_killed_process_left_goes_at_the_next_start_and_nothing_else(tmp_path):
+    """SIGKILL during a save leaves a folder behind. The next start removes it, but no file or folder that
+    this project did not make, whatever its name."""
+    stage = tmp_path / "warm-up"
+    ours = stage / "sft.unfinished-abc123"
     (ours / "sft").mkdir(parents=True)
     (ours / "sft" / "config.json").write_text("half")
-    (tmp_path / "sft.unfinished-notes").mkdir()
+    (stage / "sft.unfinished-notes").mkdir()
     for name in (
         "sft.unfinished-notes/mine.txt",
         "sft.unfinished",
@@ -49,33 +56,28 @@ def test_what_a_killed_process_left_goes_when_the_stage_is_finished_and_nothing_
         "sft.partial",
         "other",
     ):
-        (tmp_path / name).write_text("mine")
+        (stage / name).write_text("mine")
+    (tmp_path / "mine.unfinished-x").mkdir()
     before = names(tmp_path)
-    write_beside(tmp_path / "sft", lambda path: path.mkdir())
-    remove_leftovers(tmp_path / "sft")
+    remove_leftovers(tmp_path)
     gone = {
-        "sft.unfinished-abc123",
-        "sft.unfinished-abc123/sft",
-        "sft.unfinished-abc123/sft/config.json",
+        "warm-up/sft.unfinished-abc123",
+        "warm-up/sft.unfinished-abc123/sft",
+        "warm-up/sft.unfinished-abc123/sft/config.json",
     }
-    assert set(names(tmp_path)) == (set(before) | {"sft"}) - gone
+    assert set(names(tmp_path)) == set(before) - gone
 
 
-def test_two_processes_that_make_the_same_do_not_meet(tmp_path):
-    """A second run in the same folder makes the same stage. The first to finish keeps its complete result."""
-
-    def slow(unfinished):
-        unfinished.mkdir()
-        write_beside(tmp_path / "sft", fast)  # the other run finishes first
-        (unfinished / "from").write_text("slow")
-
-    def fast(unfinished):
-        unfinished.mkdir()
-        (unfinished / "from").write_text("fast")
-
-    write_beside(tmp_path / "sft", slow)
-    assert (tmp_path / "sft" / "from").read_text() == "fast"
-    assert names(tmp_path) == ["sft", "sft/from"]
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_path):
+    """Two runs would write into the same log and repeat each other's stages. A lock of the operating system
+    ends with its process, so a killed run does not block its folder."""
+    pytest.importorskip("fcntl")
+    with open_folder(tmp_path, NUMBERS, "L", BASE):
+        before = (tmp_path / "config.json").read_bytes()
+        with pytest.raises(ValueError, match="another run is using .*--out"):
+            begin(tmp_path, NUMBERS | {"rounds": 3}, "L", BASE)
+        assert (tmp_path / "config.json").read_bytes() == before
+    begin(tmp_path, NUMBERS, "L", BASE)
 
 
 def test_other_numbers_problems_or_weights_are_refused_by_name(tmp_path):
@@ -83,31 +85,31 @@ def test_other_numbers_problems_or_weights_are_refused_by_name(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
     folder = tmp_path / "run"
-    open_folder(folder, NUMBERS, "L", base)
-    open_folder(folder, NUMBERS, "L", base)
+    begin(folder, NUMBERS, "L", base)
+    begin(folder, NUMBERS, "L", base)
     with pytest.raises(ValueError, match="--beta 0.5.*--out"):
-        open_folder(folder, NUMBERS | {"beta": 0.1}, "L", base)
+        begin(folder, NUMBERS | {"beta": 0.1}, "L", base)
     with pytest.raises(ValueError, match="other problems"):
-        open_folder(folder, NUMBERS, "other L", base)
+        begin(folder, NUMBERS, "other L", base)
     fields = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(fields | {"dropout_rate": 0.1}))
     with pytest.raises(ValueError, match="other base weights"):
-        open_folder(folder, NUMBERS, "L", base)
+        begin(folder, NUMBERS, "L", base)
     assert json.loads((folder / "config.json").read_text())["beta"] == 0.5
 
 
 def test_the_same_weights_may_lie_elsewhere(tmp_path):
     """Weights are identified by content: a copy of the checkpoint in another folder is the same base."""
     shutil.copytree(BASE, tmp_path / "copy")
-    open_folder(tmp_path / "run", NUMBERS, "L", BASE)
-    open_folder(tmp_path / "run", NUMBERS, "L", tmp_path / "copy")
+    begin(tmp_path / "run", NUMBERS, "L", BASE)
+    begin(tmp_path / "run", NUMBERS, "L", tmp_path / "copy")
 
 
 def test_more_rounds_and_other_limits_continue_a_run(tmp_path):
     """A user who is advised to lower a batch size must not have to start over."""
-    open_folder(tmp_path, NUMBERS, "L", BASE)
+    begin(tmp_path, NUMBERS, "L", BASE)
     for name in MAY_CHANGE:
-        open_folder(tmp_path, NUMBERS | {name: 7}, "L", BASE)
+        begin(tmp_path, NUMBERS | {name: 7}, "L", BASE)
 
 
 def test_files_that_stand_where_the_runs_would_are_not_taken_for_results(tmp_path):
@@ -115,12 +117,12 @@ def test_files_that_stand_where_the_runs_would_are_not_taken_for_results(tmp_pat
     disk has a lost+found."""
     (tmp_path / "lost+found").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    open_folder(tmp_path / ".", NUMBERS, "L", BASE)
+    begin(tmp_path / ".", NUMBERS, "L", BASE)
     for name in ("warm-up", "log.jsonl"):
         folder = tmp_path / f"with {name}"
         (folder / name).mkdir(parents=True)
-        with pytest.raises(ValueError, match=f"{name} is of no run.*--out"):
-            open_folder(folder, NUMBERS, "L", BASE)
+        with pytest.raises(ValueError, match=f"{name} belongs to no run.*--out"):
+            begin(folder, NUMBERS, "L", BASE)
         assert names(folder) == [name]
 
 
@@ -128,18 +130,18 @@ def test_files_that_stand_where_the_runs_would_are_not_taken_for_results(tmp_pat
 def test_a_damaged_config_is_one_sentence(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json is damaged.*--out"):
-        open_folder(tmp_path, NUMBERS, "L", BASE)
+        begin(tmp_path, NUMBERS, "L", BASE)
 
 
 def test_the_log_forgets_what_was_not_finished(tmp_path):
     """A stage that is repeated is logged again: its lines must not appear twice. A line left incomplete by a
     killed process must not make the next start fail."""
-    open_folder(tmp_path, NUMBERS, "L", BASE)
+    begin(tmp_path, NUMBERS, "L", BASE)
     (tmp_path / "warm-up").mkdir()
     (tmp_path / "warm-up" / "sft").mkdir()
     done = '{"stage": "warm-up/sft", "step": 1}\n'
     (tmp_path / "log.jsonl").write_text(
         done + '{"stage": "st/round-1/sft", "step": 1}\n{"stage": "st/rou'
     )
-    open_folder(tmp_path, NUMBERS, "L", BASE)
+    begin(tmp_path, NUMBERS, "L", BASE)
     assert (tmp_path / "log.jsonl").read_text() == done

@@ -236,7 +236,8 @@ def replay(net: T5, jobs: list[tuple[list[int], list[int]]], n_slots: int, longe
                 cache.admit([slot], net, list(net.encode(ids, torch.ones_like(ids))))
         if not any(job is not None for job in rows):
             return [torch.stack(row) for row in logits], steps
-        cache.window = 1 + max(len(logits[job]) for job in rows if job is not None)
+        longest_now = max(len(logits[job]) for job in rows if job is not None)
+        cache.narrow(list(range(n_slots)), 1 + longest_now)
         ids = [0 if job is None else jobs[job][1][len(logits[job])] for job in rows]
         out = net.step(torch.tensor(ids), cache)
         steps += 1
@@ -282,7 +283,7 @@ def test_a_slot_without_work_never_leaves_its_cache(model):
 
 @torch.no_grad()
 def test_dropping_idle_slots_leaves_the_others_alone(model):
-    """`keep` shrinks the batch mid-sequence: each remaining slot must keep its own keys, question and length."""
+    """`narrow` shrinks the batch mid-sequence: each remaining slot must keep its own keys, question and length."""
     sources = [[3, 4, 5], [6], [7, 8, 9, 10]]
     targets = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(2))
     cache = KVCache(model, 3, 9, 4)
@@ -293,7 +294,7 @@ def test_dropping_idle_slots_leaves_the_others_alone(model):
     cache.admit([0, 1, 2], model, states)
     for t in range(9):
         if t == 4:
-            cache.keep([0, 2])
+            cache.narrow([0, 2], cache.n_columns)
         slots = [0, 1, 2] if t < 4 else [0, 2]
         logits = model.step(targets[slots, t], cache)
     for row, slot in enumerate((0, 2)):

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,6 @@ from data.problems import (
     write_jsonl,
 )
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 GOOD = {
     "question": "Tom has 2 bags of 3 apples. How many?",
     "rationale": "2*3 = <<2*3=6>>6 apples\n#### 6",
@@ -96,8 +94,11 @@ def broken_lines():
         "",
     ):
         yield f'{{"question": "How many?", "answer": {number}}}'.encode()
-        yield f'{{"question": "How many?", "ans": {number}}}'.encode()
-        yield f'{{"question": "How many?", "answer": "6\\n#### 6", "ans": {number}}}'.encode()
+        yield (
+            f'{{"question": "How many?", "rationale": "#### 6", "answer": {number}}}'.encode()
+            if number != "null"
+            else b"null"
+        )
     for text in (
         "",
         "6",
@@ -124,7 +125,17 @@ def broken_lines():
         "half a pair \udfff #### 6",
     ):
         yield json.dumps({**GOOD, "rationale": text}).encode()
-        yield json.dumps({"question": "How many?", "answer": text, "ans": 6}).encode()
+    for text in (
+        "####",
+        "#### ",
+        "#### 6 apples",
+        "#### 6\nand more",
+        "#### -",
+        "#### .",
+        "#### ,",
+        "#### 6 ####",
+    ):
+        yield json.dumps({"question": "How many?", "answer": text}).encode()
     for rationale in (5, True, [], ["#### 6"], {"text": "#### 6"}):
         yield json.dumps({**GOOD, "rationale": rationale}).encode()
     yield json.dumps({**GOOD, "answer": "also a rationale #### 6"}).encode()
@@ -153,27 +164,13 @@ def test_a_file_of_another_kind_is_told_what_is_wanted(tmp_path):
         load_text(tmp_path, "question,answer", "How many?,6")
 
 
-def test_three_spellings_give_the_same_problem(tmp_path):
-    """Our format, GSM8K's and that of the paper's split hold the same facts, so they must give equal
-    problems."""
+def test_both_spellings_give_the_same_problem(tmp_path):
+    """Our format and GSM8K's hold the same facts, so they must give equal problems."""
     rationale = "1,000+800 = <<1000+800=1800>>1800\n#### 1,800"
-    problems = load_text(
-        tmp_path,
-        *map(
-            json.dumps,
-            (
-                {"question": "How many?", "answer": 1800, "rationale": rationale},
-                {"question": "How many?", "answer": rationale},
-                {"question": "How many?", "answer": rationale, "ans": 1800.00001},
-            ),
-        ),
-    )
-    assert [p.rationale for p in problems] == [rationale] * 3
-    assert [p.answer for p in problems] == [
-        1800,
-        1800,
-        1800.00001,
-    ]  # `ans` takes precedence, within the tolerance of a correct answer
+    ours = {"question": "How many?", "answer": 1800, "rationale": rationale}
+    gsm8k = {"question": "How many?", "answer": rationale}
+    problems = load_text(tmp_path, json.dumps(ours), json.dumps(gsm8k))
+    assert problems == [Problem("How many?", 1800.0, rationale)] * 2
 
 
 def test_the_answer_may_be_left_to_the_rationale(tmp_path):
@@ -186,9 +183,9 @@ def test_the_answer_may_be_left_to_the_rationale(tmp_path):
 def test_a_problem_without_rationale_is_a_question_and_a_number(tmp_path):
     """Unlabeled problems and test sets have no rationale; an empty string instead of None would be
     trained on."""
-    assert load_text(tmp_path, '{"question": "How many?", "ans": 6.0, "source": "elsewhere"}') == [
-        Problem("How many?", 6.0)
-    ]
+    assert load_text(
+        tmp_path, '{"question": "How many?", "answer": 6.0, "source": "elsewhere"}'
+    ) == [Problem("How many?", 6.0)]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +223,6 @@ def test_an_answer_may_be_a_short_text(tmp_path, text, value):
     """Other reasoning tasks end in yes, a letter or a name, in the answer field or after the #### mark."""
     for row in (
         {"answer": text},
-        {"ans": text},
         {"answer": f"Therefore.\n#### {text}"},
         {"answer": text.upper(), "rationale": f"So. #### {text}"},
     ):
@@ -244,7 +240,7 @@ def test_what_is_neither_a_number_nor_a_short_text_is_refused(tmp_path, answer):
 
 def test_blank_lines_byte_order_marks_and_windows_line_ends_are_harmless(tmp_path):
     """Editors add them. A line separator inside a string is text and must not end the line."""
-    row = {"question": "How many\u2028 apples?\u0085", "ans": 6}
+    row = {"question": "How many\u2028 apples?\u0085", "answer": 6}
     text = "\ufeff" + json.dumps(row, ensure_ascii=False) + "\r"
     assert load_text(tmp_path, text, "\r", "   ", text[1:]) == [Problem(row["question"], 6.0)] * 2
 
@@ -310,13 +306,10 @@ def test_questions_that_are_trained_on_and_tested_on_are_found():
     asked, other = Problem("How  many\nnuts?", 5.0), Problem("How many pens?", 5.0)
     check_leakage([asked], [other], {"test": [Problem("How many cups?", 5.0)]})
     for labeled, unlabeled in (([asked], []), ([other], [asked])):
-        with pytest.raises(ValueError, match="mine: 1 questions.*--allow-leakage"):
+        with pytest.raises(ValueError, match="mine: 1 questions.*training data.*--allow-leakage"):
             check_leakage(labeled, unlabeled, {"mine": [Problem("how many NUTS?", 5.0)]})
 
 
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the converted public files are not next to the repository"
-)
 @pytest.mark.parametrize(
     "name, rows, labeled",
     [
@@ -328,7 +321,7 @@ def test_questions_that_are_trained_on_and_tested_on_are_found():
         ("svamp/test", 1000, False),
     ],
 )
-def test_the_public_files_are_read_whole(name, rows, labeled):
+def test_the_public_files_are_read_whole(public_sets, name, rows, labeled):
     """The checks must not reject anything that the paper uses."""
-    problems = load_problems(SHARED / f"{name}.jsonl")
+    problems = load_problems(public_sets / f"{name}.jsonl")
     assert len(problems) == rows and all((p.rationale is not None) == labeled for p in problems)

@@ -69,7 +69,8 @@ def run_folder(tmp_path) -> Path:
     problems = load_data(config)
     _, unlabeled, tests = problems
     tiny = ROOT / "data" / "tiny"
-    open_folder(folder, vars(config), problems, tiny)
+    with open_folder(folder, vars(config), problems, tiny):
+        pass
     shutil.copytree(tiny, folder / "warm-up" / "sft")
     write(folder / "warm-up" / "evaluation.jsonl", make_evaluation(tests["held-out"], 2))
     first = folder / "dpo-st" / "round-1"

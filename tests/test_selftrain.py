@@ -18,25 +18,28 @@ import torch
 
 import decode
 import selftrain
-from data.problems import Problem, load_problems, read_jsonl
+from data.problems import Problem, join_gold, load_problems, read_jsonl
+from data.results import accuracies
 from dpo import PreferencePair
 from model import T5, T5Config, load_flan_t5, save_flan_t5
 from run import parse_args
 from selftrain import (
-    Stages,
-    accuracies,
-    deduplicate,
+    Experiment,
     extract_answer,
     is_correct,
     jaccard,
-    make_pairs,
-    make_pseudo_labels,
+    join_rounds,
     pass_at_k,
     self_train,
     split_samples,
 )
 from sft import make_examples, train_sft
 from tokenizer import Tokenizer, format_rationale
+
+# The rules with the numbers of the paper and of the authors' code.
+deduplicate = partial(selftrain.deduplicate, max_similarity=0.7)
+make_pairs = partial(selftrain.make_pairs, max_similarity=0.7, n_pairs=3)
+make_pseudo_labels = partial(selftrain.make_pseudo_labels, max_similarity=0.7, percentile=90)
 
 WORDS = SimpleNamespace(
     piece_set=lambda text: frozenset(text.split())
@@ -481,12 +484,14 @@ def test_pairs_and_pseudo_labels_follow_the_rules_on_real_rationales(datasets, v
 
 
 class Notebook:
-    """Stages that do no work and only record their calls. A model is a name that says how it was made."""
+    """An experiment that does no work and only records its calls. A model is a name that says how it was made."""
 
-    def __init__(self):
+    def __init__(self, labeled, unlabeled, rounds):
         self.calls, self.names, self.given = [], [], []
+        self.L, self.U = labeled, join_gold(unlabeled, labeled)
+        self.config = SimpleNamespace(rounds=rounds, dpo_samples=5, sft_samples=3, st_samples=8)
 
-    def note(self, name: str, *call, given) -> None:
+    def note(self, name: str, *call, given=None) -> None:
         self.calls.append(call)
         self.names.append(name)
         self.given.append(given)
@@ -503,23 +508,25 @@ class Notebook:
         self.note(name, "dpo", policy, given=pairs)
         return f"dpo of {policy}"
 
-    def sample(self, name, model, problems, n_samples):
-        self.note(name, "sample", model, n_samples, given=list(problems))
+    def sample(self, name, model, k):
+        self.note(name, "sample", model, k)
         return [
-            [f"{model}, {p.question}, {k} #### {p.answer + k % 2:g}" for k in range(n_samples)]
-            for p in problems
+            [f"{model}, {p.question}, {n} #### {p.answer + n % 2:g}" for n in range(k)]
+            for p in self.U
         ]
 
-    def pairs(self, name, problems, samples):
-        self.note(name, "pairs", given=(list(problems), [list(row) for row in samples]))
-        return pairs_of(problems, samples)
+    def pairs(self, name, rounds):
+        samples = join_rounds(rounds)
+        self.note(name, "pairs", given=samples)
+        return pairs_of(self.U, samples)
 
-    def pseudo_labels(self, name, problems, samples):
-        self.note(name, "pseudo-labels", given=(list(problems), [list(row) for row in samples]))
-        return make_pseudo_labels(problems, samples, WORDS)
+    def pseudo_labels(self, name, rounds):
+        samples = join_rounds(rounds)
+        self.note(name, "pseudo-labels", given=samples)
+        return make_pseudo_labels(self.U, samples, WORDS)
 
-    def evaluate(self, name, model, tests):
-        self.note(name, "evaluate", model, given=tests)
+    def evaluate(self, name, model):
+        self.note(name, "evaluate", model)
 
 
 L = [Problem(f"l{i}", float(i), f"a human writes about l{i} #### {i}") for i in range(4)]
@@ -528,9 +535,8 @@ L_AS_U = [replace(problem, rationale=f"secret rationale of {problem.question}") 
 
 
 def notes_of(method: str, labeled=L, unlabeled=L_AS_U, rounds: int = 2) -> Notebook:
-    notebook = Notebook()
-    config = SimpleNamespace(rounds=rounds, dpo_samples=5, sft_samples=3, st_samples=8)
-    self_train(method, labeled, unlabeled, {"test": U}, config, notebook)
+    notebook = Notebook(labeled, unlabeled, rounds)
+    self_train(notebook, method)
     return notebook
 
 
@@ -563,15 +569,13 @@ def test_samples_add_up_over_the_rounds_each_kind_by_itself():
     """Pairs use the samples of all SFT models, labels those of all DPO models. Mixing them would be a different algorithm."""
     notebook = notes_of("dpo-st", rounds=3)
     for stage, model, n in (("pairs", "sft {}", 5), ("pseudo-labels", "dpo of sft {}", 3)):
-        for past, (problems, samples) in enumerate(notebook.of(stage), start=1):
-            for problem, row in zip(problems, samples, strict=True):
+        for past, samples in enumerate(notebook.of(stage), start=1):
+            for problem, row in zip(notebook.U, samples, strict=True):
                 sources = [model.format(number) for number in range(past) for _ in range(n)]
                 assert [rationale.split(", ")[:2] for rationale in row] == [
-                    [s, problem.question] for s in sources
+                    [source, problem.question] for source in sources
                 ]
-    for past, (problems, samples) in enumerate(
-        notes_of("st", rounds=3).of("pseudo-labels"), start=1
-    ):
+    for past, samples in enumerate(notes_of("st", rounds=3).of("pseudo-labels"), start=1):
         assert all(len(row) == 8 * past for row in samples)
 
 
@@ -580,11 +584,10 @@ def test_dpo_and_sft_are_given_all_that_was_made_for_them():
     notebook = notes_of("dpo-st")
     warm_up, *later = notebook.of("sft")
     assert warm_up == L
-    for given, (problems, samples) in zip(later, notebook.of("pseudo-labels"), strict=True):
-        assert Counter(given) == Counter([*L, *make_pseudo_labels(problems, samples, WORDS)])
-    for given, (problems, samples) in zip(notebook.of("dpo"), notebook.of("pairs"), strict=True):
-        assert given == pairs_of(problems, samples) and given
-    assert notebook.of("evaluate") == [{"test": U}] * 3
+    for given, samples in zip(later, notebook.of("pseudo-labels"), strict=True):
+        assert Counter(given) == Counter([*L, *make_pseudo_labels(notebook.U, samples, WORDS)])
+    for given, samples in zip(notebook.of("dpo"), notebook.of("pairs"), strict=True):
+        assert given == pairs_of(notebook.U, samples) and given
 
 
 @pytest.mark.parametrize("method", ["st", "dpo-st"])
@@ -613,34 +616,23 @@ def test_rationales_of_the_unlabeled_set_are_never_used(method):
     """U is only questions and answers. In the tiny run its rationales are known, so a leak would mean training on them.
     A question of U that is also in L has L's rationale, in L's spelling."""
     notebook = notes_of(method, unlabeled=L_AS_U[2:] + U)
-    assert "secret" not in repr(
-        [given for call, given in zip(notebook.calls, notebook.given) if call[0] != "evaluate"]
-    )
-    for problems in notebook.of("sample"):
-        assert [problem.question for problem in problems] == ["l2", "l3", "u0", "u1", "u2"]
-        assert [problem.rationale for problem in problems] == [
-            L[2].rationale,
-            L[3].rationale,
-            None,
-            None,
-            None,
-        ]
+    assert "secret" not in repr(notebook.given)
+    assert [problem.question for problem in notebook.U] == ["l2", "l3", "u0", "u1", "u2"]
+    gold = [problem.rationale for problem in notebook.U]
+    assert gold == [L[2].rationale, L[3].rationale, None, None, None]
 
 
 def test_a_question_with_another_answer_in_u_is_not_joined_with_l():
     """L says 0 and U says 9 for the same question. If joined, L's rationale would come first among U's
     correct ones and be trained on as one that reaches 9."""
     other = replace(L[0], answer=9.0, rationale=None)
-    for problems in notes_of("dpo-st", unlabeled=[other, *U]).of("sample"):
-        assert problems[0] == other
+    assert join_gold([other, *U], L)[0] == other
 
 
 def test_l_and_u_are_joined_by_the_same_answer_however_it_is_spelled():
-    """There is one definition of equal answers: 0.33333 in U equals L's 0.3333, so L's rationale is gold and no label occurs twice."""
+    """There is one definition of equal answers: 0.33333 in U equals L's 0.3333, so L's rationale is gold."""
     ours = Problem("a third?", 0.3333, "It is 0.3333. #### 0.3333")
-    notebook = notes_of("dpo-st", labeled=[*L, ours], unlabeled=[Problem("a third?", 0.33333), *U])
-    for problems in notebook.of("sample"):
-        assert problems[0] == ours
+    assert join_gold([Problem("a third?", 0.33333), *U], [*L, ours])[0] == ours
 
 
 def test_stages_have_names_of_their_own_and_the_methods_share_the_warm_up():
@@ -689,12 +681,14 @@ def base(tmp_path_factory) -> Path:
 
 
 class Shelf:
-    """A run folder, the Stages that use it, and their log."""
+    """A run folder, the Experiment that uses it, and its log."""
 
-    def __init__(self, base: Path, path: Path, config=CONFIG):
+    def __init__(self, base: Path, path: Path, config=CONFIG, L=SUMS[:6], U=SUMS, tests=None):
         self.logs = []
         self.folder = path
-        self.stages = Stages(base, Tokenizer(base), config, path, self.logs.append)
+        self.stages = Experiment(
+            config, L, join_gold(U, L), tests or {}, base, Tokenizer(base), path, self.logs.append
+        )
 
     def rows(self, name: str) -> list[dict]:
         return read_jsonl(self.folder / f"{name}.jsonl")
@@ -712,11 +706,9 @@ def test_a_whole_round_of_both_methods_on_ten_sums(base, tmp_path):
     """Six labeled sums, four without a rationale: every stage runs and produces what the next one reads, the losses fall,
     and the base weights on disk do not change."""
     before = hashlib.sha256((base / "pytorch_model.bin").read_bytes()).hexdigest()
-    shelf = Shelf(base, tmp_path)
+    shelf = Shelf(base, tmp_path, tests={"seen": SUMS[:6], "dev": SUMS[6:]})
     for method in ("st", "dpo-st"):
-        self_train(
-            method, SUMS[:6], SUMS, {"seen": SUMS[:6], "dev": SUMS[6:]}, CONFIG, shelf.stages
-        )
+        self_train(shelf.stages, method)
     assert hashlib.sha256((base / "pytorch_model.bin").read_bytes()).hexdigest() == before
     evaluations = [read_jsonl(path) for path in tmp_path.rglob("evaluation.jsonl")]
     assert len(evaluations) == 3
@@ -788,10 +780,14 @@ def test_dpo_trains_on_all_pairs(base, tmp_path, monkeypatch):
 
 
 def test_without_pairs_the_dpo_step_is_skipped_and_says_so(base, tmp_path):
-    """Early models may solve nothing, late ones everything. The round then continues with f' itself."""
+    """Early models may solve nothing, late ones everything. The round then continues with f' itself. A run that
+    is continued does not say it a second time."""
     shelf = Shelf(base, tmp_path)
-    assert shelf.stages.dpo("dpo", base, []) == base
-    assert shelf.logs and "dpo" in str(shelf.logs)
+    for _ in range(2):
+        pairs = shelf.stages.pairs("pairs.jsonl", [[[]] * len(SUMS)])
+        assert shelf.stages.dpo("dpo", base, pairs) == base
+    [record] = shelf.logs
+    assert record["kept"] == 0 and "DPO step is skipped" in record["note"]
 
 
 def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkeypatch):
@@ -811,7 +807,7 @@ def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkey
     monkeypatch.setattr(selftrain, "generate", fake)
     shelf = Shelf(base, tmp_path)
     for name in ("a", "b", "a"):  # the second "a" is already on disk
-        samples = shelf.stages.sample(f"{name}.jsonl", base, SUMS, 4)
+        samples = shelf.stages.sample(f"{name}.jsonl", base, 4)
     assert samples == [["#### 3"] * 4] * 10 and len(calls) == 2 and calls[0].seed != calls[1].seed
     for call in calls:
         assert (call.temperature, call.top_k, call.n_samples, call.calculator) == (0.7, 50, 4, True)
@@ -819,12 +815,13 @@ def test_sampling_and_evaluation_decode_as_the_paper_says(base, tmp_path, monkey
             call.questions == [problem.question for problem in SUMS] and call.max_new_tokens == 32
         )
     other_seed = Shelf(base, tmp_path / "other", changed(seed=43))
-    other_seed.stages.sample("a.jsonl", base, SUMS, 4)
+    other_seed.stages.sample("a.jsonl", base, 4)
     assert calls[2].seed != calls[0].seed
-    Shelf(base, tmp_path / "bf16", changed(bf16=True)).stages.sample("a.jsonl", base, SUMS, 4)
+    Shelf(base, tmp_path / "bf16", changed(bf16=True)).stages.sample("a.jsonl", base, 4)
     assert [call.model.shared.weight.dtype for call in calls[2:]] == [torch.float32, torch.bfloat16]
     calls.clear()
-    shelf.stages.evaluate("evaluation.jsonl", base, {"two": SUMS, "dev": SUMS[:3]})
+    shelf.stages.tests = {"two": SUMS, "dev": SUMS[:3]}
+    shelf.stages.evaluate("evaluation.jsonl", base)
     assert [(len(call.questions), call.calculator) for call in calls] == [
         (10, True),
         (3, True),

@@ -286,7 +286,7 @@ def test_token_logps_sit_at_their_positions():
 
 def test_learning_rate_by_hand():
     """20 steps, a tenth of them warm-up: 1/2, 1, then the cosine from 1 via its midpoint (0.1 + 0.9 / 2) to 0.1068."""
-    twenty = schedule(learning_rate=2.0)
+    twenty = schedule(peak_rate=2.0)
     rates = [learning_rate(step, 20, twenty) / 2 for step in range(20)]
     assert rates[:3] == pytest.approx([0.5, 1, 1])
     assert rates[11] == pytest.approx(0.55)
@@ -296,7 +296,7 @@ def test_learning_rate_by_hand():
 @pytest.mark.parametrize("ratio", [0.0, 0.03, 0.1, 0.5, 1.0])
 def test_learning_rate_rises_evenly_to_the_peak_and_never_leaves_zero_to_peak(ratio):
     """A step at rate 0 is wasted, and one-step training would do nothing; above the peak, training may diverge."""
-    numbers = schedule(learning_rate=3e-4, warmup_ratio=ratio)
+    numbers = schedule(peak_rate=3e-4, warmup_ratio=ratio)
     for n_steps in (*range(1, 40), 150, 1000):
         rates = [learning_rate(step, n_steps, numbers) for step in range(n_steps)]
         top = rates.index(max(rates))
@@ -348,7 +348,7 @@ def test_two_steps_are_adamw_with_clipping_and_decay():
     before, logs = [w.double() for w in weights(model)], []
     with seen_by_optimizer() as steps:
         train(
-            model, random_examples(), 2, logs.append, learning_rate=rate, weight_decay=decay, max_grad_norm=limit,
+            model, random_examples(), 2, logs.append, peak_rate=rate, weight_decay=decay, max_grad_norm=limit,
             warmup_ratio=1.0, log_every=1,
         )  # fmt: skip
     assert [step.rate for step in steps] == pytest.approx([rate / 2, rate])
@@ -407,7 +407,7 @@ def test_dropout_differs_from_step_to_step():
     """If the seed were reset at every step, one mask for all of training would just make a smaller model."""
     logs = []
     train(
-        random_model(), random_examples(), 3, logs.append, learning_rate=1e-12, log_every=1
+        random_model(), random_examples(), 3, logs.append, peak_rate=1e-12, log_every=1
     )  # the weights hardly change
     losses = [log["loss"] for log in logs]
     assert max(losses) - min(losses) > 1e-3
@@ -425,7 +425,7 @@ def test_one_batch_is_learned_by_heart_and_decoded_back(tokenizer):
         for question, text in texts.items()
     ]
     model = random_model(vocab_size=tokenizer.vocab_size, dropout=0.0)
-    train(model, examples, 60, learning_rate=1e-2)
+    train(model, examples, 60, peak_rate=1e-2)
     with torch.no_grad():
         assert sft_loss(model, examples)["loss"].item() / n_targets(examples) < 0.05
         for question, text in texts.items():
@@ -450,7 +450,7 @@ def test_a_gradient_that_is_not_finite_stops_training_and_names_the_step():
     with pytest.raises(
         FloatingPointError, match=r"^SFT\b.*step 2\b"
     ):  # the first step is far too large
-        train(random_model(), random_examples(), 4, learning_rate=1e30)
+        train(random_model(), random_examples(), 4, peak_rate=1e30)
 
 
 def test_nothing_to_train_on_is_refused():

@@ -12,8 +12,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import run
@@ -58,11 +59,13 @@ def run_variant(variant: str) -> None:
     run.main()
 
 
-def open_with_warm_up(folder: Path, config: dict, problems: object, base: Path) -> None:
+@contextmanager
+def open_with_warm_up(folder: Path, config: dict, problems: object, base: Path) -> Iterator[None]:
     """Start a variant's folder with the warm-up of the run that it is compared with."""
-    open_folder(folder, config, problems, base)
-    usual = usual_folder(config["seed"]) / "warm-up"
-    shutil.copytree(usual, folder / "warm-up", dirs_exist_ok=True)
+    with open_folder(folder, config, problems, base):
+        usual = usual_folder(config["seed"]) / "warm-up"
+        shutil.copytree(usual, folder / "warm-up", dirs_exist_ok=True)
+        yield
 
 
 def folder_of(variant: str, seed: int) -> Path:

@@ -11,7 +11,7 @@
     memory      measured, against the formula of decode.KVCache
     growth      cost as the work grows, plotted in --out DIR; evaluation with --checkpoint DIR of
                 a tiny run
-    gpu         bf16, with the calculator, with and without decode.record_step
+    gpu         bf16, with the calculator, with and without decode.fast_step
 
 All rows except the last use the `small` shape in fp32. Without files: the vocabulary of data/tiny
 and synthetic problems. With them: Flan-T5's spiece.model and GSM8K's test.jsonl. Weights are
@@ -204,7 +204,7 @@ class Bench:
 
     def eager(self, questions: list[str], batch: int, **options) -> list[Sample]:
         """Ours on a GPU, with every kernel of a step launched separately."""
-        with mock.patch.object(decode, "record_step", return_value=self.model.step):
+        with mock.patch.object(decode, "fast_step", return_value=self.model.step):
             return self.ours(questions, batch, **options)
 
     def five_passes(self, questions: list[str], batch: int, **options) -> list[Sample]:

@@ -17,7 +17,7 @@ import torch
 
 from data.problems import Problem, read_jsonl
 from run import load_data
-from selftrain import Stages, accuracies
+from selftrain import Experiment
 from tests.bench.report import (
     RED,
     add_plain_style,
@@ -39,19 +39,20 @@ def measure_model(
     folder: Path, config: argparse.Namespace, checkpoint: str, dev: Sequence[Problem]
 ) -> tuple[float, float]:
     """Pass@1 and Pass@10 of a model of the run, in %, with the calculator."""
-    stages = Stages(folder, Tokenizer(folder / checkpoint), config, folder, print)
-    writer = stages.load_writer(folder / checkpoint)
-    greedy = stages.answer(writer, "dev", dev, calculator=True)
-    sampled = stages.write_rationales(
-        writer,
-        str(folder / checkpoint),
+    tokenizer = Tokenizer(folder / checkpoint)
+    experiment = Experiment(config, [], [], {"dev": dev}, folder, tokenizer, folder, print)
+    model = experiment.load(folder / checkpoint)
+    greedy = experiment.write(model, dev, "dev")
+    sampled = experiment.write(
+        model,
         dev,
+        str(folder / checkpoint),
         n_samples=10,
         temperature=config.temperature,
         top_k=config.top_k,
         seed=f"figure 6/{config.seed}",
     )
-    return accuracies(greedy)["dev"], 100 * statistics.mean(chances(sampled, 10))
+    return 100 * statistics.mean(chances(greedy, 1)), 100 * statistics.mean(chances(sampled, 10))
 
 
 def measure_step(folder: Path, number: int, n_problems: int | None) -> dict[str, list[float]]:

@@ -190,16 +190,10 @@ def main() -> None:
     make_vocabulary(FOLDER / "spiece.model")
     tokenizer = Tokenizer(FOLDER)
     schedule = Schedule(
-        learning_rate=2e-3,
+        peak_rate=2e-3,
         batch_size=BATCH,
         warmup_ratio=0.05,
-        final_ratio=0.1,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        micro_batch_tokens=2048,
-        bf16=False,
         log_every=100,
-        seed=42,
     )
     examples = make_examples(tokenizer)
     model = train_sft(make_model(tokenizer), examples, 1, schedule, "pre-training", log)

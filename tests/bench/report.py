@@ -22,7 +22,8 @@ import run
 from calculator import calculate
 from data.folder import MAY_CHANGE, read_run_config
 from data.problems import Problem, read_jsonl
-from selftrain import accuracies, extract_answer, jaccard, make_pseudo_labels, pass_at_k
+from data.results import accuracies
+from selftrain import MAX_SIMILARITY, extract_answer, jaccard, make_pseudo_labels, pass_at_k
 from tokenizer import Tokenizer, format_rationale
 
 NAMES = {"st": "ST", "dpo-st": "DPO-ST"}
@@ -168,7 +169,7 @@ def count_labels(rows: list[dict], tokenizer: Tokenizer, n_samples: int) -> int:
     """
     problems = [Problem(row["question"], row["answer"]) for row in rows]
     samples = [row["rationales"][:n_samples] for row in rows]
-    return len(make_pseudo_labels(problems, samples, tokenizer, percentile=100))
+    return len(make_pseudo_labels(problems, samples, tokenizer, MAX_SIMILARITY, 100))
 
 
 def about_answers(rows: list[dict], solved_by: dict[str, list[str]]) -> dict[str, dict]:

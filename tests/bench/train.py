@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.problems import load_problems
+from data.processes import rank_and_count, share_work, start_processes
 from data.synthetic import make_problems
 from decode import generate
 from dpo import PairExample, PreferencePair, make_pair_examples, train_dpo
@@ -47,9 +48,6 @@ from sft import (
     batches,
     learning_rate,
     make_examples,
-    rank_and_count,
-    share_work,
-    start_processes,
     train_sft,
 )
 from tests.bench.decode import TINY, describe_machine, in_new_process, resident, spread
@@ -65,16 +63,11 @@ def make_schedule(task: str, args: argparse.Namespace) -> Schedule:
     config = parse_args(["--size", "small", "--device", args.device])
     on_gpu = args.device == "cuda"
     return Schedule(
-        learning_rate=config.sft_learning_rate if task == "SFT" else config.dpo_learning_rate,
+        peak_rate=config.sft_learning_rate if task == "SFT" else config.dpo_learning_rate,
         batch_size=96 if on_gpu else 12,
-        warmup_ratio=config.warmup_ratio,
-        final_ratio=config.final_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
         micro_batch_tokens=2**14 if on_gpu else config.micro_batch_tokens,
         bf16=on_gpu,
         log_every=1,
-        seed=config.seed,
     )
 
 

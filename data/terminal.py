@@ -1,0 +1,114 @@
+"""How a command meets the person who runs it: flags, progress bars, printed lines, and errors."""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.processes import leave_processes, rank_and_count
+
+
+def progress(items: Iterable, title: str | None, unit: str) -> tqdm:
+    """A progress bar over sized items: on a terminal, in process 0, if it has a title.
+
+    It disappears when it is closed or exhausted.
+    """
+    hidden = title is None or rank_and_count()[0] > 0
+    # None: tqdm shows the bar on a terminal and hides it in a file.
+    return tqdm(items, title, unit=unit, leave=False, disable=True if hidden else None)
+
+
+def say(line: str) -> None:
+    """Print a line in process 0, above an open progress bar."""
+    if rank_and_count()[0] == 0:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
+def between(least: float, most: float, kind: type = float) -> Callable[[str], float]:
+    """For argparse: a number from `least` to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
+        return number
+
+    return read
+
+
+def named_file(text: str) -> tuple[str, str]:
+    """For argparse: NAME=FILE."""
+    name, _, file = text.partition("=")
+    # Names that the log and the table already use.
+    taken = name == "stage" or name.endswith(" without calculator")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, not {text!a:.60}")
+    if taken or "|" in name or not name.isprintable():
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, with another name than {text!a:.60}")
+    return name, file
+
+
+def run_command(main: Callable[[], None], then: str = "") -> None:
+    """Run main() as a program.
+
+    An error that a user can cause or mend becomes one sentence on stderr, with exit code 2; a fault
+    of the program keeps its traceback. then: what to add where the same command can continue.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed streams swallow their lines
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # ? for a sign that the terminal cannot show
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun and schedulers send it
+    if not then and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program silently
+    code = 0
+    try:
+        main()
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # no second message while this one exits
+        sentence = explain(error, then)
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # what is left unwritten must not raise again
+        if sentence is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+        code = 2
+    if rank_and_count()[1] == 1:
+        sys.exit(code)
+    if code == 0:
+        leave_processes()
+    # torch's threads sometimes abort a process of several that exits in the usual way.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def explain(error: BaseException, then: str = "") -> str | None:
+    """One sentence for an error that a user can cause or mend, None for a fault of this program."""
+    message = " ".join(str(error).split())
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if out_of_memory or "DefaultCPUAllocator" in message:  # torch's words on a CPU
+        return (
+            "out of memory: lower --micro-batch-tokens (training) or --decode-batch-size "
+            f"(sampling){then}"
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped{then}"
+    if isinstance(error, BrokenPipeError):
+        return f"the output pipe was closed{then}"
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return message
+    if isinstance(error, RuntimeError) and rank_and_count()[1] > 1:
+        return f"another process has ended or hangs ({message:.100}){then}"
+    return None
