@@ -10,7 +10,6 @@ forced into the rationale. Left out: beam search, and the arithmetic itself (cal
 
 import argparse
 import random
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,9 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from calculator import calculate
 from data.checkpoints import check_vocabulary
+from data.problems import readable
 from data.terminal import progress, run_command
 from model import MASKED, START_ID, T5, load_flan_t5, padding_bias
-from tokenizer import EOS_ID, MAX_QUESTION, UNKNOWN_ID, Tokenizer, pad_batch
+from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 
 MAX_NEW_TOKENS = 300  # appendix A
 TOP_K = 50  # DIFFERS: stated here; the authors inherit it from their framework without saying so
@@ -354,10 +354,7 @@ def main() -> None:
     model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
     check_vocabulary(args.checkpoint, model.config.vocab_size, tokenizer.vocab_size)
     for question in args.question:
-        question = question.encode("utf-8", "replace").decode()  # ? for bytes that are not text
-        ids = tokenizer.encode(question)
-        if len(ids) > MAX_QUESTION or UNKNOWN_ID in ids:
-            print("decode.py: too long, or unknown characters, in this question:", file=sys.stderr)
+        question = readable(question, tokenizer, MAX_QUESTION)
         [[sample]] = generate(model, tokenizer, [question])
         print(f"{question}\n  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}")
     if args.question:

@@ -31,7 +31,7 @@ from data.processes import from_process_0, rank_and_count, start_processes
 from data.results import make_table
 from data.sources import fetch_datasets, fetch_flan_t5
 from data.synthetic import make_datasets
-from data.terminal import between, named_file, run_command, say
+from data.terminal import between, check_files, named_file, run_command, say
 from decode import MAX_NEW_TOKENS, TOP_K
 from model import SIZES, read_config
 from selftrain import MAX_SIMILARITY, N_PAIRS, PERCENTILE, Experiment, is_correct, self_train
@@ -159,10 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**TINY)
     config = parser.parse_args(argv)
     config.bf16 = config.bf16 or config.device == "cuda"
-    if bool(config.labeled) != bool(config.test) or (config.unlabeled and not config.labeled):
-        parser.error("your own data: give both --labeled FILE and --test NAME=FILE")
-    if len(dict(config.test)) < len(config.test):
-        parser.error("--test NAME=FILE: give each name once")
+    check_files(parser, config)
     if not config.out:
         own = "own-" if config.labeled else ""
         config.out = f"runs/{own}{config.size}-seed-{config.seed}"

@@ -288,7 +288,7 @@ class Experiment:
             return rows
 
         path = self.once(name, draw, write_jsonl)
-        return read_samples(path, [problem.question for problem in self.U], k)
+        return read_samples(path, self.U, k)
 
     def pairs(self, name: str, rounds: list[Samples]) -> list[PreferencePair]:
         """D, from the samples of all rounds so far."""

@@ -222,13 +222,13 @@ def main() -> None:
         logps = token_logps(model, model.encode(input_ids, mask), mask, labels)[0]
         choices = model(input_ids, mask, read)[0].argmax(-1)
     print(f"{question}\nEach token of the rationale, after the one before it:")
-    rows = zip(read[0].tolist(), labels[0].tolist(), choices.tolist(), logps.tolist())
-    for before, target, choice, logp in rows:
-        piece = tokenizer.piece(target) or "</s>"
-        line = f"  after {tokenizer.piece(before)!r:>8} -> {piece!r:<8} log p = {logp:8.4f}"
+    for before, target, choice, logp in zip(read[0], labels[0], choices, logps):
+        piece = tokenizer.piece(target.item()) or "</s>"
+        before = tokenizer.piece(before.item())
+        print(f"  after {before!r:>8} -> {piece!r:<8} log p = {logp:8.4f}", end="")
         if choice != target:
-            line += f"   (the model would write {tokenizer.piece(choice)!r})"
-        print(line)
+            print(f"   (the model would write {tokenizer.piece(choice.item())!r})", end="")
+        print()
     print(f"loss (eq. 2) = -({logps.sum():.4f}) / {len(logps)} tokens = {-logps.mean():.4f}")
     print(
         "Only the result after `[ 2 + 3 =` is improbable. The calculator will write it (decode.py)."

@@ -1,1 +1,1 @@
-"""Problems (`problems`, `sources`, `synthetic`), a run's `folder`, the files of `checkpoints`."""
+"""Problems, downloads, checkpoint files, run folders, processes and the terminal: see README.md."""

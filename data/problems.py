@@ -9,6 +9,7 @@ One bad line rejects the complete file: skipping it would change the training se
 import json
 import math
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -170,7 +171,16 @@ def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
     Path(path).write_text(to_jsonl(rows), encoding="utf-8", newline="\n")
 
 
-# --------------------------------------------------------------------------------- before training
+# ----------------------------------------------------------------------- before training and asking
+
+
+def readable(question: str, tokenizer, max_question: int) -> str:
+    """A question from the command line, with ? for bytes that are not text; warns if it is cut."""
+    question = question.encode("utf-8", "replace").decode()
+    ids = tokenizer.encode(question)
+    if len(ids) > max_question or tokenizer.sentencepiece.unk_id() in ids:
+        print("Too long, or unknown characters, in this question:", file=sys.stderr)
+    return question
 
 
 def check_leakage(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.folder import write_text
-from data.problems import read_jsonl
+from data.problems import Problem, read_jsonl
 
 # The paper's results: size -> method -> accuracy on GSM8K, MultiArith, ASDiv and SVAMP.
 TABLE_2 = json.loads((Path(__file__).parent / "table_2.json").read_text())
@@ -55,13 +55,13 @@ def make_table(folder: Path, config: argparse.Namespace) -> str:
     return table
 
 
-def read_samples(path: Path, questions: list[str], n_samples: int) -> list[list[str]]:
-    """Read a file of samples back: n_samples rationales for each question, in order.
+def read_samples(path: Path, problems: Sequence[Problem], n_samples: int) -> list[list[str]]:
+    """Read a file of samples back: n_samples rationales for each problem, in order.
 
     Raises ValueError if the file has been changed or damaged.
     """
     rows = read_jsonl(path)
     found = [(row.get("question"), len(row.get("rationales", ()))) for row in rows]
-    if found != [(question, n_samples) for question in questions]:
+    if found != [(problem.question, n_samples) for problem in problems]:
         raise ValueError(f"{path} is damaged: delete it, and the same command makes it again")
     return [row["rationales"] for row in rows]

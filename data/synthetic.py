@@ -1,13 +1,14 @@
-"""Word problems made by the thousand, in GSM8K's own format, for the run that downloads nothing.
+"""Generated word problems in GSM8K's format, for the run that downloads nothing.
 
-A story is an opening and some events. Each adds a sentence to the question and a line of arithmetic
-(or two, for "three bags of twelve") to the rationale, going on from the number reached so far.
-Families, names, objects and wordings vary, and one story in four mentions a number that has nothing
-to do with the answer. The families are told in stories.txt, which you can extend; two of them,
-library and orchard, are in neither L nor U, only in tests (and among what data/tiny has read, as
-Flan-T5 has read the web). Left out: fractions, percentages, units.
+You need not read this file to understand the method. A story has an opening and some events. Each
+adds a sentence to the question and one line of arithmetic (two for "three bags of twelve") to the
+rationale, which continues from the number reached so far. Families of stories, names, objects and
+wordings vary, and one story in four mentions an irrelevant number. The families are in stories.txt,
+which you can extend. Two of them, library and orchard, are in neither L nor U but only in tests
+(and in what data/tiny has read, as Flan-T5 has read the web). Left out: fractions, percentages,
+units.
 
-    python -m data.synthetic        # three of them
+    python -m data.synthetic        # prints three problems
 """
 
 import random
@@ -30,24 +31,24 @@ DISTRACTORS = (
     "There are {x} children in {his} class.",
     "{He} lives at number {x}.",
 )
-TEST_SEED = 1_000_000  # data/tiny was shown none of these stories
+TEST_SEED = 1_000_000  # data/tiny has seen none of these stories
 OUT_OF_DOMAIN = ("library", "orchard")
 
 
 @dataclass
 class Row:
-    """One opening or event of a family (see stories.txt); of kind "ask" it holds questions only."""
+    """One opening or event of a family (see stories.txt); one of kind "ask" has only questions."""
 
     kind: str  # open, then, last or ask
     formulas: list[str]  # such as "n + b"
-    begin: str  # of the rationale's line
+    begin: str  # how the rationale's line begins and ends
     end: str
     wordings: list[str] = field(default_factory=list)  # of the question's sentence
     questions: list[str] = field(default_factory=list)
 
 
 def read_stories(path: Path) -> dict[str, list[Row]]:
-    """Read the families of stories.txt."""
+    """Read stories.txt: family -> rows. Indented lines belong to the row above them."""
     families: dict[str, list[Row]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.strip()
@@ -59,7 +60,7 @@ def read_stories(path: Path) -> dict[str, list[Row]]:
             formulas, _, sentence = rest.partition("->")
             begin, _, end = sentence.partition("...")
             steps = formulas.strip().split("; ")
-            if steps in (["a"], [""]):  # an opening that just states a number, or a question
+            if formulas.strip() in ("", "a"):  # a question, or an opening that only states a number
                 steps = []
             rows.append(Row(kind, steps, begin.strip(), end.strip()))
         elif text.startswith("?"):
@@ -83,14 +84,14 @@ def calculate_step(formula: str, numbers: dict[str, int]) -> tuple[int, str, int
 
 
 class Story:
-    """A story while it is told: whom it is about, what was said, and the number reached so far."""
+    """A story in the making: who it is about, its sentences, and the number reached so far."""
 
     def __init__(self, rng: random.Random, family: list[Row], steps: int):
         self.rng = rng
         self.family = family
         self.steps = steps
         self.name, self.friend, *self.others = rng.sample(GIRLS + BOYS, 6)
-        self.before = ""  # whom it was about before the present person
+        self.before = ""  # the previous main person
         self.things = {
             "objects": rng.choice(OBJECTS),
             "goods": rng.choice(GOODS),
@@ -104,7 +105,7 @@ class Story:
         self.questions = next(row.questions for row in family if row.kind == "ask")
 
     def words(self) -> dict:
-        """What may stand in braces in a wording."""
+        """The words that a wording may have in braces."""
         he, him, his = "he", "him", "his"
         if self.name in GIRLS:
             he, him, his = "she", "her", "her"
@@ -112,7 +113,7 @@ class Story:
         return self.things | people | {"he": he, "He": he.capitalize(), "him": him, "his": his}
 
     def fits(self, row: Row) -> bool:
-        """Whether a row may come next, so that the story ends after exactly `steps` steps."""
+        """Whether a row may come next if the story is to have exactly `steps` steps."""
         missing = self.steps - len(self.lines) - len(row.formulas)
         if missing < 0 or ("p + n" in row.formulas and not self.before):
             return False
@@ -121,7 +122,7 @@ class Story:
         return row.kind == "then" or (row.kind == "last" and missing == 0)
 
     def go_on(self) -> bool:
-        """Tell one more row; False if its numbers came out too small, too large or broken."""
+        """Add one row; False if a result is too small, too large or not an integer."""
         row = self.rng.choice([row for row in self.family if self.fits(row)])
         numbers = {
             "a": self.rng.randint(11, 99),
@@ -136,7 +137,7 @@ class Story:
             self.sentences.append(wording.format(**numbers, **self.words()))
         self.questions = row.questions or self.questions
         self.previous = self.number
-        self.number = numbers["a"]  # an opening without a formula just states it
+        self.number = numbers["a"]  # an opening without a formula only states it
         for formula in row.formulas:
             x, sign, y, result = calculate_step(formula, numbers)
             if result != int(result) or not 2 <= result < 1000:
@@ -147,7 +148,9 @@ class Story:
                 begin = "That makes" if sign == "+" else "That leaves"
             line = f"{begin} {x} {sign} {y} = <<{x}{sign}{y}={self.number}>>{self.number} {row.end}"
             self.lines.append(line.format(**self.words()))
-        if row.kind == "then" and row.begin.startswith("{M}"):  # now it is about somebody else
+        if row.kind == "then" and row.begin.startswith(
+            "{M}"
+        ):  # the story continues about somebody else
             self.before = self.name
             self.name = self.friend
             self.friend = self.others.pop()
@@ -155,7 +158,7 @@ class Story:
 
 
 def tell_story(rng: random.Random, family: list[Row], steps: int) -> Problem | None:
-    """Tell one story of exactly `steps` steps, or None if its numbers are not to be had."""
+    """Tell one story of exactly `steps` steps; None if the drawn numbers do not work out."""
     story = Story(rng, family, steps)
     while not story.sentences or len(story.lines) < steps:
         if not story.go_on():
@@ -175,10 +178,10 @@ def make_problems(
     exclude: Collection[str] = (),
     families: tuple[str, ...] = IN_DOMAIN,
 ) -> list[Problem]:
-    """Make n different problems, no question of which is in `exclude`; a seed gives the same.
+    """Make n different problems without the questions in `exclude`; a seed gives the same problems.
 
-    Every number of steps in `steps`, and every family, is equally frequent. Pass the questions of
-    one split as the `exclude` of the next, and the splits are disjoint.
+    All numbers of steps in `steps`, and all families, are equally frequent. Splits are disjoint if
+    the questions of one are the `exclude` of the next.
     """
     rng = random.Random(f"problems {seed}")
     problems: list[Problem] = []
@@ -196,14 +199,14 @@ def make_problems(
 def make_datasets(
     n_labeled: int, n_unlabeled: int, n_test: int, seed: int
 ) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
-    """L, U and the test sets of a run: no question is in two of them."""
+    """L, U and the test sets of a run; no question is in two of them."""
     train = make_problems(n_labeled + n_unlabeled, seed=f"run {seed}")
     tests = make_tests(n_test, exclude={problem.question for problem in train})
     return train[:n_labeled], train[n_labeled:], tests
 
 
 def make_tests(n: int, exclude: Collection[str] = ()) -> dict[str, list[Problem]]:
-    """n held-out problems, and a quarter as many of each other test set; dev is the last."""
+    """n held-out problems, and a quarter as many in each other test set; dev is the last."""
     fewer = max(1, n // 4)
     held_out = make_problems(n, TEST_SEED, exclude=exclude)
     tests = {"held-out": held_out}

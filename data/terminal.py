@@ -58,6 +58,14 @@ def named_file(text: str) -> tuple[str, str]:
     return name, file
 
 
+def check_files(parser: argparse.ArgumentParser, config: argparse.Namespace) -> None:
+    """End the program if the flags for a user's own problems are incomplete."""
+    if bool(config.labeled) != bool(config.test) or (config.unlabeled and not config.labeled):
+        parser.error("your own data: give both --labeled FILE and --test NAME=FILE")
+    if len(dict(config.test)) < len(config.test):
+        parser.error("--test NAME=FILE: give each name once")
+
+
 def run_command(main: Callable[[], None], then: str = "") -> None:
     """Run main() as a program.
 
