@@ -1,7 +1,7 @@
 """A calculator for arithmetic written by a language model; it never executes code.
 
-Source: paper, section 3.2. Left out on purpose: names, powers, functions. The grammar needs neither
-`eval` nor a time limit, because the length of an expression is bounded.
+Source: paper, section 3.2. A small parser replaces `eval`; it needs no time limit, because the
+length of an expression is bounded. Left out on purpose: names, powers, functions.
 
     python calculator.py "48 / 2"        # without an expression: five examples
 """
@@ -11,7 +11,7 @@ import sys
 from collections import deque
 
 MAX_LENGTH = 100  # characters; bounds nesting and time. GSM8K's longest annotation has 76
-MAX_RESULT = 1e15  # beyond it a float cannot hold every integer, and digits would be wrong
+MAX_RESULT = 1e15  # below 2^53, so that a float holds every integer
 
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,200  3.5  3.  .5
 TOKEN = re.compile(rf"{NUMBER}|[-+*/()%]")
@@ -25,7 +25,7 @@ def calculate(expression: str) -> str | None:
         factor  = ("-" | "+") factor  |  (number | "(" sum ")") "%"*
 
     Never raises: division by zero, other characters, and too long or too large input give None.
-    DIFFERS: percentages and thousands (50%, 1,200) are read, too; the authors' code is `eval`.
+    DIFFERS: percentages and thousands (50%, 1,200) are also accepted; the authors use `eval`.
 
     >>> calculate("2 + 3 * 4")  # a sum of two products, 2 and 3 * 4
     '14'

@@ -1,7 +1,8 @@
 """Batched decoding with a key-value cache and a calculator (paper, section 3.2 and figure 4).
 
 A batch has a fixed number of slots, and each slot writes one rationale; when that is finished, the
-next rationale takes the slot at once. After `[ expression =` the calculator's digits and `]` are
+next rationale takes the slot at once. (A slot is a place in the batch; its row is the rationale
+that is now in it.) After `[ expression =` the calculator's digits and `]` are
 forced into the rationale. Left out: beam search, and the arithmetic itself (calculator.py).
 
     python decode.py                                        # watch an answer; one slot against 32
@@ -14,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +47,7 @@ class Sample:
 
 
 def uniform_noise(seed: int | str, question: str, number: int, n: int) -> list[float]:
-    """The n numbers in [0, 1) that decide one rationale: a function of these arguments alone."""
+    """n random numbers in [0, 1), one per token of one rationale; they depend on nothing else."""
     source = random.Random(f"{seed}/{number}/{question}")
     return [source.random() for _ in range(n)]
 
@@ -54,13 +56,14 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Ten
     """Choose an id per row: logits (B, V), noise (B,) in [0, 1) -> ids (B,) int64.
 
     Temperature 0 is greedy and ignores the noise. top_k 0 keeps the complete vocabulary. Unlike
-    torch.multinomial, which draws for a batch, this lets each rationale bring its own noise, so
-    batching cannot change it.
+    torch.multinomial, which draws for a batch, this lets each rationale bring its own noise, so it
+    does not depend on what else is in the batch, up to rounding.
     """
     if temperature == 0:
         return logits.argmax(-1)
     vocab_size = logits.shape[-1]
-    scores, ids = logits.float().topk(min(top_k or vocab_size, vocab_size))  # (B, k)
+    k = min(top_k, vocab_size) if top_k else vocab_size
+    scores, ids = logits.float().topk(k)  # (B, k)
     cumulative = (scores / temperature).softmax(-1).cumsum(-1)  # (B, k)
     # The first id whose cumulative probability exceeds the noise. In fp32 the sum may round to
     # below 1, and the noise up to 1: hence the scaling, and the clamp.
@@ -90,7 +93,7 @@ class RowState:
         return self.sample.ids[-1] if self.sample.ids else START_ID
 
     @property
-    def next_noise(self) -> float:
+    def next_noise(self) -> float:  # a slot that is idle needs a number, too
         return 0.0 if self.done else self.noise[len(self.sample.ids)]
 
     def take(self, chosen: int) -> None:
@@ -106,7 +109,10 @@ class RowState:
             self.watch(self.tokenizer.piece(token))
 
     def watch(self, piece: str) -> None:
-        """Follow the brackets, one piece at a time, so that no text has to be read twice.
+        """Follow the brackets piece by piece, so that no text has to be read twice.
+
+        At `[ expression =` the result and `]` are queued, and `take` writes them instead of the
+        model's choices. An expression that does not evaluate is left to the model.
 
         >>> tokenizer = Tokenizer("data/tiny")
         >>> row = RowState(tokenizer, calculator=True, sample=Sample(), noise=[0.0] * 9)
@@ -124,10 +130,10 @@ class RowState:
         if "]" in piece:
             self.expression = None
         elif "=" in piece:
-            # If the piece has text after `=`, the model has already started the result itself.
+            # If the piece has text after `=`, the model has started the result itself.
             if self.expression.endswith("="):
                 result = calculate(self.expression[:-1])
-                if result is not None:  # SentencePiece starts every text with a space: `= 24]`
+                if result is not None:  # `encode` adds a space: `= 24]`
                     self.queue.extend(self.tokenizer.encode(f"{result}]")[:-1])  # without EOS
             self.expression = None
 
@@ -141,7 +147,7 @@ class KVCache:
     The decoder has read lengths[b] tokens in slot b, START_ID included. Their keys are in columns 0
     to lengths[b] - 1, and the next ones go to column lengths[b]. A slot is given to a new rationale
     by setting its length to 0: the old columns are masked, and overwritten one by one. So slots
-    need neither start nor end together.
+    need neither start nor end together. The age of a column is how many steps ago it was written.
 
         columns             0 1 2 3 4 5 6
         slot 0, length 5    k k k k k . .    the next keys go to column 5
@@ -183,7 +189,7 @@ class KVCache:
         """Start a step; return the bias for own tokens (B, H, 1, T) and question (B, 1, 1, S)."""
         self.now = self.lengths.clamp(max=self.own.shape[4] - 1)  # idle slots keep counting: clamp
         self.lengths += 1
-        # How many steps ago each column was written; negative: not by this rationale.
+        # Negative ages: columns that this rationale has not written.
         age = self.now[:, None] - self.columns[: self.n_columns]  # (B, T)
         bias = self.bias_by_age[:, age.clamp(min=0)].transpose(0, 1)  # (B, H, T)
         bias = bias + torch.where(age >= 0, 0.0, MASKED)[:, None, :]
@@ -210,7 +216,7 @@ class KVCache:
             self.cross = self.cross[:, :, slots]
             self.lengths = self.lengths[slots]
             self.source_lengths = self.source_lengths[slots]
-            self.slots = self.slots[: len(slots)]
+            self.slots = self.slots[: len(slots)]  # again 0, 1, 2, ...
 
 
 def encode_questions(model: T5, tokenizer: Tokenizer, questions: list[str]) -> list[Tensor]:
@@ -244,12 +250,13 @@ def generate(
 ) -> list[list[Sample]]:
     """Write n_samples rationales for each question; result[i][k] is sample k of questions[i].
 
-    A sampled rationale depends only on weights, question, seed and number; a different batch may
-    round differently and flip a near-tie. The model is left in evaluation mode. Memory: the KVCache
-    of batch_size slots, and the encoder states of all questions. title: of a progress bar.
+    For fixed settings a sampled rationale depends only on weights, question, seed and number; a
+    different batch may round differently and flip a near-tie. The model is left in evaluation mode.
+    Memory: the KVCache of batch_size slots, and the encoder states of all questions. title: the
+    progress bar's label.
     """
     model.eval()
-    results = [[Sample() for _ in range(n_samples)] for _ in questions]
+    results = [[Sample() for _ in range(n_samples)] for _ in questions]  # filled by the rows
     states = encode_questions(model, tokenizer, questions)
     # Long questions first: their rationales tend to be long, and should not be left for the end.
     order = sorted(range(len(questions)), key=lambda i: -len(states[i]))
@@ -274,13 +281,13 @@ def generate(
             cache.admit(free, model, admitted)
         if all(row.done for row in rows):
             break
-        # 2. Finished slots and empty columns are skipped where that is possible.
+        # 2. On a CPU, skip finished slots and empty columns.
         rows = skip_idle(rows, cache)
         # 3. One token for every slot.
         ids = torch.tensor([row.next_input for row in rows], device=model.device)
         noise = torch.tensor([row.next_noise for row in rows], device=model.device)
-        chosen = sample_next_token(step(ids, cache), temperature, top_k, noise).tolist()
-        # 4. The calculator has the last word, and finished rationales are turned into text.
+        chosen = sample_next_token(step(ids), temperature, top_k, noise).tolist()
+        # 4. The calculator may replace the model's token; finished rationales become text.
         for row, token in zip(rows, chosen, strict=True):
             if row.done:
                 continue
@@ -296,7 +303,7 @@ def generate(
 
 
 def skip_idle(rows: list[RowState], cache: KVCache) -> list[RowState]:
-    """On a CPU, drop finished slots once they are many, and read no empty columns.
+    """On a CPU, drop finished slots once a quarter are idle, and read no empty columns.
 
     A CUDA graph needs fixed shapes: there all rows stay.
     """
@@ -310,21 +317,21 @@ def skip_idle(rows: list[RowState], cache: KVCache) -> list[RowState]:
     return [rows[slot] for slot in slots]
 
 
-def fast_step(model: T5, cache: KVCache) -> Callable[[Tensor, KVCache], Tensor]:
-    """`model.step`; on a GPU as a CUDA graph, which launches its hundreds of kernels as one.
+def fast_step(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """`model.step` with this cache; on a GPU a CUDA graph, which launches all its kernels as one.
 
     A graph repeats the recorded work on the same addresses: ids are copied in, logits are
     overwritten, and no tensor of the cache may change its size.
     """
     if not cache.own.is_cuda:
-        return model.step
+        return partial(model.step, cache=cache)
     ids = torch.zeros_like(cache.lengths)
     model.step(ids, cache)  # warm-up: keep lazy initialisation out of the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = model.step(ids, cache)
 
-    def step(new_ids: Tensor, _: KVCache) -> Tensor:  # always on the recorded cache
+    def step(new_ids: Tensor) -> Tensor:
         ids.copy_(new_ids)
         graph.replay()
         return logits
@@ -332,7 +339,7 @@ def fast_step(model: T5, cache: KVCache) -> Callable[[Tensor, KVCache], Tensor]:
     return step
 
 
-# ----------------------------------------------------------------------------- questions on screen
+# ----------------------------------------------------------------------------------- demonstration
 
 
 def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
@@ -348,10 +355,14 @@ def main() -> None:
     tiny = Path(__file__).resolve().parent / "data" / "tiny"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question", nargs="*", help="without a question: a demonstration")
-    parser.add_argument("--checkpoint", default=tiny, help="a folder (data/tiny, not fine-tuned)")
+    parser.add_argument(
+        "--checkpoint", default=tiny, help="a folder (default: data/tiny, not fine-tuned)"
+    )
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
+    if model.config.d_model < 256:
+        torch.set_num_threads(1)  # two threads are slower at this size
     check_vocabulary(args.checkpoint, model.config.vocab_size, tokenizer.vocab_size)
     for question in args.question:
         question = readable(question, tokenizer, MAX_QUESTION)
@@ -359,7 +370,7 @@ def main() -> None:
         print(f"{question}\n  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}")
     if args.question:
         return
-    question = "Tom has 6 boxes with 24 pens in each. How many pens does he have?"
+    question = "Tom has 6 boxes with 24 shells in each. How many shells does he have?"
     [[sample]] = generate(model, tokenizer, [question])
     print(question)
     for word in mark_forced(tokenizer, sample).split(" "):

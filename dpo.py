@@ -7,7 +7,7 @@ pairs for evaluation.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import T5, load_flan_t5
-from sft import IGNORE, Schedule, token_logps, train
+from sft import IGNORE, Log, Schedule, token_logps, train
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
 
 
@@ -105,9 +105,10 @@ def dpo_loss(
 def pair_loss(
     policy: T5, pairs: Sequence[PairExample], reference: T5, beta: float
 ) -> dict[str, Tensor]:
-    """Eq. 5 with both of its models, and the numbers that explain it, each summed over the pairs.
+    """Eq. 5 with both of its models, and the quantities to log, each summed over the pairs.
 
-    reward_accuracy counts pairs whose chosen reward is higher; a tie, as before training, is not.
+    train_dpo makes the reference. reward_accuracy counts pairs whose chosen reward is higher; a
+    tie, as before training, does not count.
     """
     with torch.no_grad():
         reference_chosen, reference_rejected = sequence_logps(reference, pairs)
@@ -131,7 +132,7 @@ def train_dpo(
     beta: float,
     schedule: Schedule,
     name: str,
-    log: Callable[[dict], None],
+    log: Log,
 ) -> T5:
     """Train the policy for n_steps optimiser steps against a frozen copy of itself, the reference.
 
@@ -144,7 +145,7 @@ def train_dpo(
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # two are slower at this size
+    torch.set_num_threads(1)  # two threads are slower at this size
     folder = Path(__file__).parent / "data" / "tiny"
     policy, tokenizer = load_flan_t5(folder), Tokenizer(folder)
     pair = PreferencePair(
@@ -156,22 +157,19 @@ def main() -> None:
     reference = copy.deepcopy(policy)
     print(f"question: {pair.question}\nchosen:   {pair.chosen}\nrejected: {pair.rejected}\n")
 
-    def show(title: str) -> None:
+    schedule = Schedule(peak_rate=1e-4, batch_size=1)
+    for n_steps in (0, 10):
+        train_dpo(policy, [example], n_steps, 0.1, schedule, "DPO", log=lambda record: None)
         with torch.no_grad():
             chosen, rejected = sequence_logps(policy, [example])
             terms = pair_loss(policy, [example], reference, beta=0.1)
-        print(title)
+        print(f"After {n_steps} steps:")
         print(f"  log pi of chosen {chosen.item():.4f}, of rejected {rejected.item():.4f}")
         print(f"  reward margin {terms['reward_margin']:.4f}, loss (eq. 5) {terms['loss']:.4f}")
-
-    show("Policy = reference:")
-    schedule = Schedule(peak_rate=1e-4, batch_size=1)
-    train_dpo(policy, [example], 10, 0.1, schedule, "DPO", log=lambda record: None)
-    show("Policy after ten DPO steps, against the same reference:")
     print(
         "The margin has grown, and all of it comes from the rejected rationale: the chosen one has"
     )
-    print("become slightly less probable, too. Eq. 5 asks for a margin, for nothing else.")
+    print("also become slightly less probable. Eq. 5 asks only for a margin.")
 
 
 if __name__ == "__main__":

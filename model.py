@@ -1,11 +1,13 @@
 """Flan-T5 in plain PyTorch: the encoder-decoder that DPO-ST trains (paper, section 4).
 
 The architecture is T5 v1.1 (Raffel et al., 2020; Shazeer, 2020). `public_name` maps our parameter
-names to those of the public checkpoints. Left out: losses (sft.py, dpo.py), sampling and its cache
-(decode.py), text (tokenizer.py), reading and checking checkpoint files (data/checkpoints.py), T5's
-random initialisation (tests/bench/make_tiny.py), and fp16, in which T5 overflows.
+names to those of the Hugging Face checkpoints (google/flan-t5-*), called public below. Left out:
+losses (sft.py, dpo.py), sampling and its cache (decode.py), text (tokenizer.py), reading and
+checking files (data/checkpoints.py), T5's random initialisation (tests/bench/make_tiny.py), and
+fp16, because T5 overflows in it.
 
 Shape letters: B batch, S source tokens, T target tokens, D d_model, H heads, K d_kv, V vocabulary.
+They are shapes only; the paper's D, S_a and K are other things.
 
     python model.py base        # the shapes and the number of parameters of a size
 """
@@ -24,7 +26,7 @@ from data.checkpoints import read_fields, read_tensors, write_checkpoint
 START_ID = 0  # the decoder's first input: T5 starts from the padding id
 N_BUCKETS = 32  # of relative positions
 MAX_DISTANCE = 128  # in tokens; all larger distances share the last bucket
-MASKED = -1e30  # added to a masked score; -inf would give NaN in a row without any key
+MASKED = -1e30  # added to a masked score; -inf would give NaN where every key is masked
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class RMSNorm(nn.Module):
 def relative_position_bucket(distance: Tensor, bidirectional: bool) -> Tensor:
     """Map distances (key position - query position, int64, any shape) to buckets 0..N_BUCKETS-1.
 
-    The nearest half of the buckets hold one distance each; the others grow logarithmically up to
-    MAX_DISTANCE. Source: Raffel et al. (2020), section 2.1.
+    Half of the buckets hold one small distance each; the others cover logarithmically growing
+    ranges up to MAX_DISTANCE. Source: Raffel et al. (2020), section 2.1.
 
     >>> relative_position_bucket(torch.tensor([0, -1, -15, -16, -20, -200]), bidirectional=False)
     tensor([ 0,  1, 15, 16, 17, 31])
@@ -99,7 +101,7 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
 
 
 def embedding(n: int, width: int) -> nn.Embedding:
-    """nn.Embedding(n, width), but on the meta device it does not import torch's compiler (1 s)."""
+    """Like nn.Embedding(n, width), which on the meta device imports torch's compiler (1 s)."""
     return nn.Embedding.from_pretrained(torch.randn(n, width), freeze=False)
 
 
@@ -132,7 +134,7 @@ class Attention(nn.Module):
         bias is added to the scores (B, H, T, S); it also carries the mask.
         """
         queries = self.split_heads(self.q(x))  # (B, H, T, K)
-        # Other transformers divide by sqrt(K) here; T5 folds that factor into q's initialisation.
+        # Other transformers divide by sqrt(K) here; T5 absorbs that factor in q's initialisation.
         scores = queries @ keys.transpose(2, 3) + bias  # (B, H, T, S)
         weights = self.dropout(scores.softmax(-1, dtype=torch.float32).to(values.dtype))
         mixed = weights @ values  # (B, H, T, K)
@@ -155,8 +157,8 @@ class GatedFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + self_attention(norm(x)); in the decoder then x + cross_attention(norm(x), source); and
-    x + feed_forward(norm(x))."""
+    """Residual sub-layers, each x + sublayer(norm(x)): self-attention, in the decoder also
+    cross-attention to the question, and feed-forward."""
 
     def __init__(self, config: T5Config, layer: int, is_decoder: bool):
         super().__init__()
@@ -172,10 +174,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, bias: Tensor, states=None, source_bias=None, cache=None) -> Tensor:
-        """x (B, T, D) -> (B, T, D).
+        """x (B, T, D) -> (B, T, D). bias is that of self-attention.
 
         A decoder block reads the question from `states` (B, S, D), the encoder's output, or from
-        `cache` (see T5.step), which also holds the keys and values of the earlier tokens.
+        `cache` (see T5.step), which also holds the keys and values of the earlier tokens;
+        source_bias (B, 1, 1, S) masks the question's padding.
         """
         normed = self.self_attention_norm(x)
         keys, values = self.self_attention.keys_values(normed)
@@ -223,9 +226,10 @@ def padding_bias(mask: Tensor) -> Tensor:
 
 
 def shift_right(labels: Tensor) -> Tensor:
-    """Decoder inputs from labels (B, T) int64: prepend START_ID, drop the last, set padding to 0.
+    """Decoder inputs from labels (B, T) int64: prepend START_ID, drop the last label.
 
-    Position t then reads label t-1 and predicts label t: nothing downstream shifts again.
+    Position t then reads label t-1 and predicts label t: nothing downstream shifts again. The
+    labels of padding, -100 (sft.IGNORE), become 0.
     """
     return F.pad(labels, (1, -1), value=START_ID).clamp(min=0)
 
@@ -240,7 +244,9 @@ class T5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = embedding(config.vocab_size, config.d_model)  # both stacks', NOT the head's
+        self.shared = embedding(
+            config.vocab_size, config.d_model
+        )  # by both stacks, NOT by the head
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = linear(config.d_model, config.vocab_size)
@@ -280,8 +286,8 @@ class T5(nn.Module):
 
         The cache (decode.KVCache) offers three methods:
             advance()                    -> the biases of this step, for own tokens and question
-            append(layer, keys, values)  -> stores this token's; returns those of all tokens so far
-            source(layer)                -> the question's keys and values
+            append(layer, keys, values)  -> adds those of this token; all keys and values so far
+            source(layer)                -> the keys and values of the question
         """
         bias, source_bias = cache.advance()
         x = self.shared(ids[:, None])  # (B, 1, D)
@@ -333,7 +339,7 @@ def read_config(folder: str | Path) -> T5Config:
     fields = read_fields(Path(folder))
     numbers = {}
     for ours, public in PUBLIC_FIELDS.items():
-        if public in fields:  # otherwise T5Config's default is the public one, too
+        if public in fields:  # a field may be left out; T5Config's default is Flan-T5's
             numbers[ours] = fields[public]
     return T5Config(**numbers)
 
@@ -361,7 +367,7 @@ def load_flan_t5(folder: str | Path, dtype: torch.dtype = torch.float32, device:
             raise ValueError(f"{folder}: {public} has the shape {found}, not {wanted}")
         state[name] = tensor.to(dtype)
     if tensors:
-        raise ValueError(f"{folder} holds {min(tensors)}, a tensor that no Flan-T5 has")
+        raise ValueError(f"{folder} contains {min(tensors)}, a tensor that no Flan-T5 has")
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()
 

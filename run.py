@@ -19,14 +19,7 @@ import torch
 
 from data.checkpoints import check_vocabulary
 from data.folder import log_record, open_folder
-from data.problems import (
-    Problem,
-    check_answers,
-    check_leakage,
-    describe,
-    join_gold,
-    load_problems,
-)
+from data.problems import Problem, check_data, describe, join_gold, load_problems
 from data.processes import from_process_0, rank_and_count, start_processes
 from data.results import make_table
 from data.sources import fetch_datasets, fetch_flan_t5
@@ -50,55 +43,56 @@ count = between(1, 10**9, int)
 positive = between(1e-12, 1e9)
 fraction = between(0, 1)
 
-# Every hyper-parameter is a flag. The source of its default is in square brackets.
+# Every hyper-parameter is a flag (except where texts are cut, tokenizer.py); the source of its
+# default is in square brackets.
 NUMBERS = {
     "the run": [
-        ("--rounds", natural, 3, "of self-training [appendix A]"),
-        ("--seed", natural, Schedule.seed, "of data, dropout and samples [authors' code]"),
+        ("--rounds", natural, 3, "rounds of self-training [appendix A]"),
+        ("--seed", natural, Schedule.seed, "seed of data, dropout and samples [authors' code]"),
         ("--limit", natural, 0, "use the first N problems of every set; 0: all"),
     ],
     "sampling, pairs and pseudo-labels": [
-        ("--dpo-samples", count, 5, "per question, for pairs [section 4.2]"),
-        ("--sft-samples", count, 3, "per question, for pseudo-labels [section 4.2]"),
-        ("--st-samples", count, 3, "the same with --method st [section 4.2]"),
-        ("--temperature", positive, 0.7, "of sampling [section 4.2]"),
-        ("--top-k", natural, TOP_K, "sample among the N best ids; 0: all [authors' code]"),
-        ("--max-new-tokens", count, MAX_NEW_TOKENS, "per rationale [appendix A]"),
-        ("--max-similarity", fraction, MAX_SIMILARITY, "of two rationales kept [section 4.2]"),
-        ("--n-pairs", count, N_PAIRS, "per question, the least similar [authors' code]"),
+        ("--dpo-samples", count, 5, "samples per question for pairs [section 4.2]"),
+        ("--sft-samples", count, 3, "samples per question for pseudo-labels [section 4.2]"),
+        ("--st-samples", count, 3, "the same in plain self-training [section 4.2]"),
+        ("--temperature", positive, 0.7, "sampling temperature [section 4.2]"),
+        ("--top-k", natural, TOP_K, "sample from the N most probable ids; 0: all [authors' code]"),
+        ("--max-new-tokens", count, MAX_NEW_TOKENS, "tokens per rationale, at most [appendix A]"),
+        (
+            "--max-similarity",
+            fraction,
+            MAX_SIMILARITY,
+            "of rationales kept [section 4.2]",
+        ),
+        ("--n-pairs", count, N_PAIRS, "least similar pairs per question [authors' code]"),
         ("--percentile", between(0, 100), PERCENTILE, "caps labels per question [authors' code]"),
     ],
     "SFT": [
         ("--sft-epochs", count, 8, "passes over the examples [table 5]"),
-        ("--sft-learning-rate", positive, 3e-4, "at its peak [table 5]"),
+        ("--sft-learning-rate", positive, 3e-4, "peak learning rate [table 5]"),
         ("--sft-batch-size", count, 96, "examples per step [table 5]"),
     ],
     "DPO": [
         ("--dpo-steps", count, 150, "optimiser steps [table 5]"),
-        ("--dpo-learning-rate", positive, 7e-7, "at its peak [table 5]"),
+        ("--dpo-learning-rate", positive, 7e-7, "peak learning rate [table 5]"),
         ("--dpo-batch-size", count, 96, "pairs per step [table 5]"),
         ("--beta", positive, 0.1, "ties the policy to the reference [section 4.2]"),
     ],
     "SFT and DPO": [
         ("--warmup-ratio", fraction, Schedule.warmup_ratio, "fraction of the steps [table 5]"),
-        (
-            "--final-ratio",
-            fraction,
-            Schedule.final_ratio,
-            "of the peak, at the end [authors' code]",
-        ),
-        ("--weight-decay", fraction, Schedule.weight_decay, "of AdamW [appendix A]"),
+        ("--final-ratio", fraction, Schedule.final_ratio, "the last rate / peak [authors' code]"),
+        ("--weight-decay", fraction, Schedule.weight_decay, "AdamW's [appendix A]"),
         ("--max-grad-norm", positive, Schedule.max_grad_norm, "clips gradients [appendix A]"),
     ],
     "memory and speed [our choice]": [
-        ("--micro-batch-tokens", count, Schedule.micro_batch_tokens, "in training at a time"),
-        ("--decode-batch-size", count, 96, "rationales at a time"),
+        ("--micro-batch-tokens", count, Schedule.micro_batch_tokens, "tokens per training pass"),
+        ("--decode-batch-size", count, 96, "rationales decoded at a time"),
         ("--log-every", count, Schedule.log_every, "steps between two logged lines"),
     ],
     "generated problems of --size tiny [our choice]": [
-        ("--n-labeled", count, 250, "with rationales"),
-        ("--n-unlabeled", count, 700, "other problems, with answers only"),
-        ("--n-test", count, 500, "held-out problems; a quarter of that in every other test"),
+        ("--n-labeled", count, 250, "labeled problems"),
+        ("--n-unlabeled", count, 700, "unlabeled problems"),
+        ("--n-test", count, 500, "held-out problems; other tests have a quarter as many"),
     ],
 }
 TINY = {  # DIFFERS: for --size tiny these numbers are our choice; its model has no dropout
@@ -122,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     tiny = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items())
     parser = argparse.ArgumentParser(
         usage="python run.py [--size SIZE] [flags]",
-        description="The defaults in round brackets are for --size small to xxl. "
+        description="The defaults in parentheses are for --size small to xxl. "
         f"--size tiny, the default, has different ones: {tiny}.",
         allow_abbrev=False,
     )
@@ -131,16 +125,26 @@ def make_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--size", choices=SIZES, default="tiny", help="of the model (tiny)")
     methods = ("dpo-st", "st", "both")
-    add("--method", choices=methods, default="dpo-st", help="Algorithm 2, 1, or both (dpo-st)")
-    add("--out", default="", help="folder (runs/[own-]SIZE-seed-SEED)")
+    add(
+        "--method",
+        choices=methods,
+        default="dpo-st",
+        help="Algorithm 2, 1, or both (dpo-st)",
+    )
+    add("--out", default="", help="output folder (runs/[own-]SIZE-seed-SEED)")
     add("--weights", default="", help="your own checkpoint; --size still sets the defaults")
-    add("--device", choices=devices, default=devices[0], help="to compute on")
-    add("--bf16", action="store_true", help="compute in bf16, as always on a GPU")
-    add("--no-calculator", dest="calculator", action="store_false", help="sample without it")
+    add("--device", choices=devices, default=devices[0], help="where to compute")
+    add("--bf16", action="store_true", help="compute in bf16 (always on a GPU)")
+    add(
+        "--no-calculator",
+        dest="calculator",
+        action="store_false",
+        help="sample without it",
+    )
     group = parser.add_argument_group("your own problems (JSONL)")
     add = group.add_argument
-    add("--labeled", default="", metavar="FILE", help="with rationales")
-    add("--unlabeled", default="", metavar="FILE", help="with answers only")
+    add("--labeled", default="", metavar="FILE", help="problems with rationales")
+    add("--unlabeled", default="", metavar="FILE", help="problems with answers only")
     test = {"action": "append", "default": [], "type": named_file, "metavar": "NAME=FILE"}
     add("--test", **test, help="a test set; may be repeated")
     add("--allow-leakage", action="store_true", help="allow test questions in the training data")
@@ -155,7 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line -> the settings of a run."""
     parser = make_parser()
-    if parser.parse_known_args(argv)[0].size == "tiny":
+    if parser.parse_known_args(argv)[0].size == "tiny":  # the size decides the defaults
         parser.set_defaults(**TINY)
     config = parser.parse_args(argv)
     config.bf16 = config.bf16 or config.device == "cuda"
@@ -174,7 +178,7 @@ def load_data(
 ) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
     """The labeled set L (rationales formatted), the unlabeled set U, and the test sets by name.
 
-    Where U repeats a question of L, it has L's rationale as gold; it never has one of its own.
+    U's own rationales are dropped. A problem that is also in L gets L's rationale, as gold.
     """
     if config.labeled:
         labeled = load_problems(config.labeled)
@@ -190,13 +194,11 @@ def load_data(
         unlabeled = labeled  # section 4.1
         tests = {name: load_problems(folder / name.lower() / "test.jsonl") for name in TESTS}
         tests["dev"] = load_problems(folder / "gsm8k" / "dev.jsonl")
-    if not config.allow_leakage:
-        check_leakage(labeled, unlabeled, tests)
-    first = config.limit or None
-    labeled = [format_problem(problem, config.labeled) for problem in labeled]
-    unlabeled = join_gold(unlabeled[:first], labeled[:first])
-    tests = {name: problems[:first] for name, problems in tests.items()}
-    return labeled[:first], unlabeled, tests
+    limit = config.limit or None
+    labeled = [format_problem(problem, config.labeled) for problem in labeled[:limit]]
+    unlabeled = join_gold(unlabeled[:limit], labeled)
+    tests = {name: problems[:limit] for name, problems in tests.items()}
+    return labeled, unlabeled, tests
 
 
 def format_problem(problem: Problem, file: str) -> Problem:
@@ -223,7 +225,7 @@ def main() -> None:
     config = parse_args()
     torch.set_flush_denormal(True)  # barely trained models have denormal numbers, which are slow
     if config.size == "tiny":
-        torch.set_num_threads(1)  # two are slower at this size, and round differently
+        torch.set_num_threads(1)  # two threads are slower at this size, and round differently
     start_processes(config.device)
     labeled, unlabeled, tests = load_data(config)
     if config.weights:
@@ -234,17 +236,18 @@ def main() -> None:
         base = from_process_0(lambda: fetch_flan_t5(config.size))
     tokenizer = Tokenizer(base)
     check_vocabulary(base, read_config(base).vocab_size, tokenizer.vocab_size)
-    problems = [*labeled, *unlabeled, *chain.from_iterable(tests.values())]
-    check_answers(problems, tokenizer)
+    check_data(labeled, unlabeled, tests, tokenizer, config.allow_leakage)
 
     folder = Path(config.out)
     with open_folder(folder, vars(config), (labeled, unlabeled, tests), base):
         say(f"Flan-T5 {config.size} on {rank_and_count()[1]} x {config.device} -> {folder}")
         longest = min(MAX_RATIONALE, config.max_new_tokens)
+        problems = [*labeled, *unlabeled, *chain.from_iterable(tests.values())]
         say(describe(labeled, problems, tokenizer, MAX_QUESTION, longest))
         log = partial(log_record, folder / "log.jsonl")
         experiment = Experiment(config, labeled, unlabeled, tests, base, tokenizer, folder, log)
-        for method in ("st", "dpo-st") if config.method == "both" else (config.method,):
+        methods = ("st", "dpo-st") if config.method == "both" else (config.method,)
+        for method in methods:
             model = self_train(experiment, method)
         say(f"\n{from_process_0(lambda: make_table(folder, config))}")
     say(f"{time.perf_counter() - began:,.0f} s. Ask the last model:")

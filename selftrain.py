@@ -1,8 +1,8 @@
 """Self-training, plain and with DPO: the paper's text rules, Algorithms 1 and 2, and their stages.
 
-First the rules on text (sections 3.1 and 4.2), which need no model; then the two algorithms; then
-what each step of them does, and how its result is stored. Left out: tensors (model.py, decode.py,
-sft.py, dpo.py), flags and data (run.py).
+First the rules for rationales (sections 3.1 and 4.2), which need no model; then the algorithms;
+then what each of their steps does and how its result is stored. Left out: tensors (model.py,
+decode.py, sft.py, dpo.py), flags and data (run.py).
 
     python selftrain.py        # one question: the tiny model's samples -> pairs -> pseudo-labels
 """
@@ -11,7 +11,8 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -27,15 +28,19 @@ from data.terminal import run_command
 from decode import Sample, generate, mark_forced
 from dpo import PreferencePair, make_pair_examples, train_dpo
 from model import T5, load_flan_t5, save_flan_t5
-from sft import Schedule, make_examples, train_sft
+from sft import Log, Schedule, make_examples, train_sft
 from tokenizer import Tokenizer, format_rationale
 
 MAX_SIMILARITY = 0.7  # section 4.2: more similar rationales are duplicates
 N_PAIRS = 3  # authors' code: preference pairs kept per question
 PERCENTILE = 90  # authors' code: caps the pseudo-labels per question
-Samples = list[list[str]]  # rationales, question by question
+Rationales = list[list[str]]  # the samples of each question
+SCHEDULE_FLAGS = (  # the fields of sft.Schedule that are the same for SFT and DPO
+    *("warmup_ratio", "final_ratio", "weight_decay", "max_grad_norm"),
+    *("micro_batch_tokens", "bf16", "log_every", "seed"),
+)
 
-# ----------------------------------------------------------------------------------- rules on text
+# ---------------------------------------------------------------------------- rules for rationales
 
 
 def extract_answer(rationale: str) -> float | None:
@@ -57,11 +62,11 @@ def is_correct(rationale: str, answer: float | str) -> bool:
 
     DIFFERS: one definition of correct everywhere; the authors' code has two tolerances.
     """
-    if isinstance(answer, str):
-        _, mark, predicted = rationale.rpartition("#### ")
-        return mark != "" and same_answer(predicted, answer)
-    predicted = extract_answer(rationale)
-    return predicted is not None and same_answer(predicted, answer)
+    if not isinstance(answer, str):
+        predicted = extract_answer(rationale)
+        return predicted is not None and same_answer(predicted, answer)
+    _, mark, predicted = rationale.rpartition("#### ")
+    return mark != "" and same_answer(predicted, answer)
 
 
 def split_samples(rationales: Sequence[str], answer: float | str) -> tuple[list[str], list[str]]:
@@ -116,7 +121,7 @@ def make_pairs(
     max_similarity: float,
     n_pairs: int,
 ) -> list[PreferencePair]:
-    """Pair the correct with the incorrect rationales of one question; there may be none.
+    """Pair the correct with the incorrect rationales of one question; [] if either is missing.
 
     Source: section 4.2 (deduplicate); authors' code, make_dpo_data.py (the gold rationale is the
     first winning one; the n_pairs least similar pairs are kept).
@@ -159,10 +164,10 @@ def make_pseudo_labels(
     counts = [len(rationales) for rationales in kept if rationales]
     if not counts:
         return []
-    most = int(np.percentile(counts, percentile))
+    cap = int(np.percentile(counts, percentile))  # rounded down
     labels = []
     for problem, rationales in zip(problems, kept):
-        for rationale in rationales[:most]:
+        for rationale in rationales[:cap]:
             if rationale != problem.rationale:
                 labels.append(replace(problem, rationale=rationale))
     return labels
@@ -187,12 +192,13 @@ def self_train(experiment: "Experiment", method: str) -> Path:
     argument of each stage is the file or folder that it makes.
     """
     L, c = experiment.L, experiment.config
-    drawn_for_pairs: list[Samples] = []  # from f', in all rounds so far (authors' code)
-    drawn_for_labels: list[Samples] = []  # from f' (ST) or f_d (DPO-ST), in all rounds so far
+    # The rationales of all rounds so far are used, not only the last round's (authors' code).
+    drawn_for_pairs: list[Rationales] = []  # by f'
+    drawn_for_labels: list[Rationales] = []  # by f' (ST) or f_d (DPO-ST)
     f_prime = experiment.sft("warm-up/sft", L)  # f' = SFT(f, L)
     experiment.evaluate("warm-up/evaluation.jsonl", f_prime)
-    for number in range(1, c.rounds + 1):
-        here = f"{method}/round-{number}"
+    for round_number in range(1, c.rounds + 1):
+        here = f"{method}/round-{round_number}"
         writer = f_prime
         k = c.st_samples
         if method == "dpo-st":
@@ -214,7 +220,7 @@ def self_train(experiment: "Experiment", method: str) -> Path:
 
 @dataclass
 class Experiment:
-    """What the algorithms are given, and their steps; each step makes one file or folder."""
+    """The inputs of the algorithms, and their steps; each step makes one file or folder."""
 
     config: argparse.Namespace  # the flags of run.py
     L: list[Problem]  # labeled, with formatted rationales
@@ -222,8 +228,8 @@ class Experiment:
     tests: dict[str, list[Problem]]  # by name
     f: Path  # the checkpoint with the base weights
     tokenizer: Tokenizer
-    folder: Path  # the run's
-    log: Callable[[dict], None]
+    folder: Path  # of this run
+    log: Log
 
     def once(self, name: str, make: Callable[[], object], write: Callable) -> Path:
         """Make a result and write it under its name, unless it is there already.
@@ -234,9 +240,7 @@ class Experiment:
         path = self.folder / name
         if not from_process_0(path.exists):
             result = make()
-            from_process_0(
-                lambda: write_atomically(path, lambda temporary: write(result, temporary))
-            )
+            from_process_0(partial(write_atomically, path, partial(write, result)))
         return path
 
     def sft(self, name: str, problems: list[Problem]) -> Path:
@@ -252,8 +256,10 @@ class Experiment:
         return self.once(name, train, self.save)
 
     def dpo(self, name: str, policy: Path, pairs: list[PreferencePair]) -> Path:
-        """DPO(policy, policy, pairs); without pairs, the policy itself."""
+        """DPO(policy, reference = policy, pairs); without pairs, the policy itself."""
         c = self.config
+        if not pairs:
+            return policy
 
         def train() -> T5:
             model = load_flan_t5(policy, device=c.device)
@@ -261,16 +267,14 @@ class Experiment:
             schedule = self.schedule(c.dpo_learning_rate, c.dpo_batch_size)
             return train_dpo(model, examples, c.dpo_steps, c.beta, schedule, name, self.log)
 
-        if not pairs:
-            return policy
         return self.once(name, train, self.save)
 
-    def sample(self, name: str, model: Path, k: int) -> Samples:
-        """Draw k rationales for each question of U; every stage draws different ones."""
+    def sample(self, name: str, model: Path, k: int) -> Rationales:
+        """Draw k rationales for each question of U; the seed includes the stage's name."""
         c = self.config
 
         def draw() -> list[dict]:
-            rows = self.write(
+            rows = self.generate(
                 self.load(model),
                 self.U,
                 name,
@@ -281,16 +285,16 @@ class Experiment:
                 seed=f"{c.seed}/{name}",
             )
             record = {"stage": name, "rationales": k * len(rows)}
-            for n in (1, k):
-                chances = [pass_at_k(k, sum(row["correct"]), n) for row in rows]
-                record[f"pass@{n}"] = 100 * float(np.mean(chances))
+            for draws in (1, k):
+                chances = [pass_at_k(n=k, n_correct=sum(row["correct"]), k=draws) for row in rows]
+                record[f"pass@{draws}"] = 100 * float(np.mean(chances))
             self.log(record)
             return rows
 
         path = self.once(name, draw, write_jsonl)
         return read_samples(path, self.U, k)
 
-    def pairs(self, name: str, rounds: list[Samples]) -> list[PreferencePair]:
+    def pairs(self, name: str, rounds: list[Rationales]) -> list[PreferencePair]:
         """D, from the samples of all rounds so far."""
         c = self.config
         pairs = []
@@ -298,28 +302,30 @@ class Experiment:
             pairs += make_pairs(problem, rationales, self.tokenizer, c.max_similarity, c.n_pairs)
         return self.keep(name, pairs, if_none="the DPO step is skipped")
 
-    def pseudo_labels(self, name: str, rounds: list[Samples]) -> list[Problem]:
+    def pseudo_labels(self, name: str, rounds: list[Rationales]) -> list[Problem]:
         """S_a, from the samples of all rounds so far."""
         c = self.config
         labels = make_pseudo_labels(
             self.U, join_rounds(rounds), self.tokenizer, c.max_similarity, c.percentile
         )
-        return self.keep(name, labels, if_none="SFT repeats the warm-up")
+        return self.keep(name, labels, if_none="SFT uses L alone, as in the warm-up")
 
     def keep(self, name: str, items: list, if_none: str) -> list:
-        """Store pairs or labels for people to read; training uses those in memory."""
+        """Store pairs or labels for people to read; every start makes them anew from samples."""
 
-        def count() -> list[dict]:
+        def to_rows() -> list[dict]:
             questions = {item.question for item in items}
             record = {"stage": name, "kept": len(items), "questions": len(questions)}
-            self.log(record if items else record | {"note": if_none})
+            if not items:
+                record["note"] = if_none
+            self.log(record)
             return [asdict(item) for item in items]
 
-        self.once(name, count, write_jsonl)
+        self.once(name, to_rows, write_jsonl)
         return items
 
     def evaluate(self, name: str, f_prime: Path) -> None:
-        """Greedy rationales on every test set; on dev also without the calculator (figure 7)."""
+        """Greedy rationales with the calculator on every test; dev also without (figure 7)."""
 
         def answer() -> list[dict]:
             model = self.load(f_prime)
@@ -328,20 +334,20 @@ class Experiment:
                 plan.append(("dev", False))
             rows = []
             for test, calculator in plan:
-                answers = self.write(model, self.tests[test], test, calculator=calculator)
+                answers = self.generate(model, self.tests[test], test, calculator=calculator)
                 rows += [{"test": test, "calculator": calculator} | row for row in answers]
             self.log({"stage": name} | accuracies(rows))
             return rows
 
         self.once(name, answer, write_jsonl)
 
-    def write(self, model: T5, problems: list[Problem], title: str, **options) -> list[dict]:
-        """Write rationales: one row per problem. options: of decode.generate."""
+    def generate(self, model: T5, problems: list[Problem], title: str, **options) -> list[dict]:
+        """Generate rationales: one row per problem. options go to decode.generate."""
         c = self.config
 
-        def write_share(share: Sequence[Problem]) -> list[dict]:
+        def generate_share(share: Sequence[Problem]) -> list[dict]:
             questions = [problem.question for problem in share]
-            written = generate(
+            generated = generate(
                 model,
                 self.tokenizer,
                 questions,
@@ -350,9 +356,9 @@ class Experiment:
                 title=title,
                 **options,
             )
-            return [to_row(problem, samples) for problem, samples in zip(share, written)]
+            return [to_row(problem, samples) for problem, samples in zip(share, generated)]
 
-        return share_work(problems, write_share)
+        return share_work(problems, generate_share)
 
     def load(self, model: Path) -> T5:
         """Load a model for inference.
@@ -368,15 +374,12 @@ class Experiment:
         (path / "spiece.model").write_bytes((self.f / "spiece.model").read_bytes())
 
     def schedule(self, peak_rate: float, batch_size: int) -> Schedule:
-        """Every field of Schedule after the first two is a flag of the same name."""
-        names = [field.name for field in fields(Schedule)[2:]]
-        return Schedule(
-            peak_rate, batch_size, **{name: getattr(self.config, name) for name in names}
-        )
+        flags = {name: getattr(self.config, name) for name in SCHEDULE_FLAGS}
+        return Schedule(peak_rate, batch_size, **flags)
 
 
-def join_rounds(rounds: list[Samples]) -> Samples:
-    """The samples of all rounds, question by question.
+def join_rounds(rounds: list[Rationales]) -> Rationales:
+    """The rationales of all rounds, question by question.
 
     >>> join_rounds([[["a"], ["b"]], [["c"], ["d", "e"]]])
     [['a', 'c'], ['b', 'd', 'e']]
@@ -397,7 +400,7 @@ def to_row(problem: Problem, samples: Sequence[Sample]) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # two are slower at this size
+    torch.set_num_threads(1)  # two threads are slower at this size
     folder = Path(__file__).parent / "data" / "tiny"
     tokenizer = Tokenizer(folder)
     L = []
@@ -411,21 +414,19 @@ def main() -> None:
         "Felix bakes 74 cookies on Monday and 44 on Friday. The dog eats 16 cookies. "
         "How many cookies does Felix end up with?"
     )
-    problem = Problem(question, answer=102.0)
-    [samples] = generate(
-        model, tokenizer, [question], n_samples=6, temperature=0.7, max_new_tokens=100, seed=1
-    )
+    sampling = {"temperature": 0.7, "max_new_tokens": 100, "seed": 1}
+    [samples] = generate(model, tokenizer, [question], n_samples=6, **sampling)
     print(f"\n{question}\nSix samples; the calculator's tokens are between « and »:")
-    rationales = [sample.text for sample in samples]
     for sample in samples:
-        verdict = "correct:  " if is_correct(sample.text, problem.answer) else "incorrect:"
+        verdict = "correct:  " if is_correct(sample.text, 102.0) else "incorrect:"
         print(f"  {verdict} {mark_forced(tokenizer, sample)}")
+    problem = Problem(question, answer=102.0)
+    rationales = [sample.text for sample in samples]
     print("Preference pairs, the least similar:")
     for pair in make_pairs(problem, rationales, tokenizer, MAX_SIMILARITY, N_PAIRS):
         print(f"  chosen:   {pair.chosen}\n  rejected: {pair.rejected}")
     print("Pseudo-labels:")
-    labels = make_pseudo_labels([problem], [rationales], tokenizer, MAX_SIMILARITY, PERCENTILE)
-    for label in labels:
+    for label in make_pseudo_labels([problem], [rationales], tokenizer, MAX_SIMILARITY, PERCENTILE):
         print(f"  {label.rationale}")
 
 

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.processes import add_over_processes, seed_dropout, share_of
-from data.terminal import progress
+from data.terminal import check_finite, progress
 from model import T5, load_flan_t5, shift_right
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
 
 IGNORE = -100  # label of a position without a target
+Log = Callable[[dict], None]  # receives one record per logged step
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Schedule:
     micro_batch_tokens: int = 2048  # per forward pass; bounds the memory
     bf16: bool = False  # compute in bf16; weights and AdamW's moments stay fp32
     log_every: int = 10  # optimiser steps between two logged lines
-    seed: int = 42  # authors' code: of the data's order and of dropout
+    seed: int = 42  # authors' code: for the data's order and dropout
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ def token_logps(model: T5, states: Tensor, attention_mask: Tensor, labels: Tenso
 
 
 def sft_loss(model: T5, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """The sum in eq. 2, over the examples' target tokens.
+    """Eq. 2 without its factor 1/N, which `train` applies:
 
-        loss = -1/N * sum over (x, y) and t of log pi(y_t | x, y_<t),   N target tokens in all
+        loss = -1/N * sum over (x, y) and t of log pi(y_t | x, y_<t)
 
-    `train` divides by N, the number of target tokens in the complete batch.
+    N is the number of target tokens in the complete batch.
     DIFFERS: the authors average over the tokens of each device, and then over the devices.
     """
     input_ids, mask = pad_batch([example.input_ids for example in examples], model.device)
@@ -113,7 +114,7 @@ def learning_rate(step: int, n_steps: int, schedule: Schedule) -> float:
 
 
 def batches(items: Sequence, batch_size: int, seed: int) -> Iterator[list]:
-    """Yield batches without end, each epoch in a new order; its last batch may be smaller."""
+    """Yield batches without end, reshuffled in every epoch; the last of an epoch may be smaller."""
     for epoch in itertools.count():
         order = np.random.default_rng([seed, epoch]).permutation(len(items))
         for start in range(0, len(order), batch_size):
@@ -123,8 +124,8 @@ def batches(items: Sequence, batch_size: int, seed: int) -> Iterator[list]:
 def micro_batches(batch: Sequence, max_tokens: int) -> list[list]:
     """Split a batch into parts of similar length, each of at most max_tokens with its padding.
 
-    A longer item gets a part to itself. Questions and rationales are padded separately, so a part
-    may take slightly more.
+    An item longer than max_tokens gets a part to itself. Items are sorted by their total length,
+    but questions and rationales are padded separately, so a part can slightly exceed max_tokens.
 
     >>> micro_batches(["aaaa", "b", "cc", "dddd"], max_tokens=8)
     [['aaaa', 'dddd'], ['cc', 'b']]
@@ -146,7 +147,7 @@ def train(
     loss_of: Callable[[T5, list], dict[str, Tensor]],
     schedule: Schedule,
     name: str,
-    log: Callable[[dict], None],
+    log: Log,
     dropout: bool = True,
 ) -> T5:
     """Train with AdamW for n_steps optimiser steps; return the model in evaluation mode.
@@ -154,14 +155,14 @@ def train(
     items are Examples or PairExamples: they have a length in tokens, and `n_terms`, how many terms
     they add to the mean in the loss. loss_of(model, items) returns sums over the items, among them
     the "loss". Dividing by the terms of the complete batch makes the result independent of the
-    micro-batches and of the number of processes, except for dropout's draw.
+    micro-batches and of the number of processes, apart from the dropout masks.
     Raises ValueError without items, FloatingPointError when the gradient is not finite.
     DIFFERS: weight decay includes norms and position biases, which the authors' framework spares.
     """
     if not items:
         raise ValueError(f"{name}: nothing to train on; SFT needs labeled problems, DPO pairs")
     seed_dropout(schedule.seed)
-    model.train(dropout)  # False: evaluation mode
+    model.train(dropout)  # without dropout, this is evaluation mode
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=schedule.weight_decay, fused=True
     )
@@ -181,11 +182,7 @@ def train(
         sums = add_over_processes(model, sums)
         # 2. One optimiser step.
         norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"{name}: the gradient of step {step + 1} is not finite: "
-                "lower the learning rate, with another --out"
-            )
+        check_finite(norm, f"{name}: the gradient of step {step + 1}")
         rate = learning_rate(step, n_steps, schedule)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
@@ -198,12 +195,7 @@ def train(
 
 
 def train_sft(
-    model: T5,
-    examples: Sequence[Example],
-    n_epochs: int,
-    schedule: Schedule,
-    name: str,
-    log: Callable[[dict], None],
+    model: T5, examples: Sequence[Example], n_epochs: int, schedule: Schedule, name: str, log: Log
 ) -> T5:
     """Fine-tune for n_epochs passes over the examples."""
     n_steps = n_epochs * math.ceil(len(examples) / schedule.batch_size)
@@ -217,12 +209,12 @@ def main() -> None:
     rationale = "Ben has 2 + 3 = [ 2 + 3 = 5] 5 coins. #### 5"
     input_ids, mask = pad_batch([tokenizer.encode(question)])
     labels, _ = pad_batch([tokenizer.encode(rationale)])
-    read = shift_right(labels)
+    inputs = shift_right(labels)
     with torch.no_grad():
         logps = token_logps(model, model.encode(input_ids, mask), mask, labels)[0]
-        choices = model(input_ids, mask, read)[0].argmax(-1)
+        choices = model(input_ids, mask, inputs)[0].argmax(-1)
     print(f"{question}\nEach token of the rationale, after the one before it:")
-    for before, target, choice, logp in zip(read[0], labels[0], choices, logps):
+    for before, target, choice, logp in zip(inputs[0], labels[0], choices, logps):
         piece = tokenizer.piece(target.item()) or "</s>"
         before = tokenizer.piece(before.item())
         print(f"  after {before!r:>8} -> {piece!r:<8} log p = {logp:8.4f}", end="")

@@ -1,7 +1,7 @@
-"""Text to ids and back: SentencePiece, and the spelling of rationales (authors' code).
+"""Text to ids and back: SentencePiece, and the spelling of rationales, as in the authors' code.
 
-Left out: special tokens written out in text, such as `<extra_id_0>`, and Unicode normalisation,
-which SentencePiece does by itself.
+Questions are used unchanged. Left out: special tokens that are spelled in a text, such as
+`<extra_id_0>`, and Unicode normalisation, which SentencePiece does by itself.
 
     python tokenizer.py        # a rationale in GSM8K's spelling, in T5's, and in pieces
 """
@@ -26,7 +26,8 @@ MAX_RATIONALE = 300  # authors' code: longer rationales are cut in training (tok
 class Tokenizer:
     """T5's tokenizer: the pieces of a spiece.model.
 
-    Flan-T5's 32,128 ids are 32,000 pieces, 100 sentinels and 28 unused ids.
+    Flan-T5's 32,128 ids are 32,000 pieces, 100 sentinels and 28 unused ids; the first three
+    pieces are padding, end and unknown.
     DIFFERS: text never turns into sentinels, nor sentinels into text; only pre-training uses them.
     """
 
@@ -40,7 +41,7 @@ class Tokenizer:
         self.vocab_size = self.n_pieces + N_SENTINELS
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """Turn text into ids that end in EOS; at most max_length of them, EOS included."""
+        """Turn text into ids that end in EOS; no more than max_length ids, EOS included."""
         ids = self.sentencepiece.encode(text)
         if max_length is not None:
             ids = ids[: max_length - 1]
@@ -74,7 +75,7 @@ def pad_batch(
     return ids.to(device), mask.to(device)
 
 
-# Signs that T5's vocabulary lacks, respelled.
+# Characters that T5's vocabulary lacks, respelled.
 # DIFFERS: the authors let them become <unk>; here the arithmetic stays readable.
 KNOWN_SIGNS = str.maketrans(
     {"×": "*", "÷": "/", "−": "-", "½": "1/2", "¼": "1/4", "¾": "3/4", "`": "'"}
@@ -92,7 +93,7 @@ def format_rationale(text: str) -> str:
     text = re.sub(r"(?<=\d)[½¼¾]", r" \g<0>", text)  # 2½ is not 21/2
     text = text.translate(KNOWN_SIGNS)
     text = re.sub(r"<<(\d+)=\1>>", "", text)  # an annotation that only restates a number
-    text = re.sub(r"(?<=\D):(?=\d)", ": ", text)  # but 5:30 is a time of day
+    text = re.sub(r"(?<=\D):(?=\d)", ": ", text)  # but not in 5:30
     text = text.replace("<<", "[ ").replace(">>", "] ")
     text = re.sub("#### ?", "#### ", text)  # exactly one space after the mark
     text = re.sub(r"\$(?=\S)", "$ ", text)
@@ -111,7 +112,7 @@ def main() -> None:
     raw = "Tom sold 48/2 = <<48/2=24>>24 cards.\nHe has 90-24 = <<90-24=66>>66 left.\n#### 66"
     formatted = format_rationale(raw)
     tokenizer = Tokenizer(Path(__file__).parent / "data" / "tiny")
-    pieces = [repr(tokenizer.piece(i)) for i in tokenizer.encode(formatted)]
+    pieces = [repr(tokenizer.piece(i) or "</s>") for i in tokenizer.encode(formatted)]
     print(f"raw:       {raw!r}")
     print(f"formatted: {formatted!r}")
     print(f"pieces:    {' '.join(pieces)}")

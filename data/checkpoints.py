@@ -1,8 +1,8 @@
 """Checkpoint files in the public layout: config.json, spiece.model, and weights, one file or more.
 
 Reads both public formats: .safetensors (where that package is installed) and .bin, a pickle from
-which nothing but tensors is ever built. Everything that is not a Flan-T5 is refused here, in one
-sentence with the file's name; model.py then uses every tensor.
+which only tensors are loaded. Anything that is not a Flan-T5 is rejected here, in one sentence with
+the file's name; model.py then uses every tensor.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ BIN = "pytorch_model.bin"
 SAFETENSORS = "model.safetensors"
 SHARD = re.compile(r"[\w-]+\.(bin|safetensors)")  # a plain file name: `../x` is another folder
 
-REQUIRED = {  # a config.json must state these; one that does not describes a T5 1.0
+REQUIRED = {  # a config.json without these describes a T5 1.0
     "model_type": "t5",
     "feed_forward_proj": "gated-gelu",
 }
@@ -40,7 +40,7 @@ EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
 
 
 def damaged(path: Path, error: Exception) -> ValueError:
-    """One sentence for anything that can go wrong with a file, in any of four libraries."""
+    """One sentence for any error from reading a file, with any of four libraries."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return ValueError(
         f"{path} is missing, damaged or not part of a checkpoint ({lines[0][:100]}): "
@@ -89,7 +89,7 @@ def read_fields(folder: Path) -> dict:
         else:  # a probability or a tolerance
             valid = type(value) in (int, float) and 0 <= value < 1
         if not valid:
-            raise ValueError(f"{path}: {name} is {value!r}, which is not possible")
+            raise ValueError(f"{path}: {name} is {value!r}, which is invalid")
     return fields
 
 
@@ -151,11 +151,11 @@ def read_vocabulary(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def check_vocabulary(folder: str | Path, model_size: int, tokenizer_size: int) -> None:
-    """Raise ValueError if a model and a spiece.model do not belong together."""
+    """Raise ValueError if a model and a spiece.model do not match."""
     if not 0 <= model_size - tokenizer_size < 128:  # T5 rounds up to a multiple of 128
         raise ValueError(
             f"{folder}: spiece.model has {tokenizer_size} ids, the model {model_size}: "
-            "they do not belong together"
+            "they do not match"
         )
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: what has its final name is complete, and a run keeps its settings.
+"""A run's folder: a result under its final name is complete, and the settings are fixed.
 
 Every result is written under a temporary name and renamed once complete, so a run can be killed at
 any moment; the stage that was interrupted is repeated.
@@ -17,7 +17,7 @@ from data.checkpoints import weight_files
 from data.processes import from_process_0, rank_and_count
 from data.terminal import say
 
-MAY_CHANGE = {  # when a run is continued: how much of it is run, and where it is computed
+MAY_CHANGE = {  # when a run is continued: how much is run, and where it is computed
     "rounds",
     "method",
     "device",
@@ -49,7 +49,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Replace a small text file as a whole."""
+    """Write a small text file atomically."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -59,7 +59,7 @@ def write_text(text: str, path: Path) -> None:
 
 @contextmanager
 def open_folder(folder: Path, config: dict, problems: object, base: Path) -> Iterator[None]:
-    """Begin a run in its folder, or continue one; `with` this, no other run can use the folder.
+    """Begin or continue a run; inside the `with` block no other run can use its folder.
 
     Raises ValueError if the folder belongs to a run with other settings, problems or base weights,
     to a run that is still running, or if it holds unrelated files under the names of results.
@@ -126,7 +126,7 @@ def check_settings(folder: Path, config: dict, problems: object, base: Path) -> 
     else:
         for name in OURS:
             if (folder / name).exists():
-                raise ValueError(f"{folder / name} belongs to no run: choose another --out")
+                raise ValueError(f"{folder / name} was not made by a run: choose another --out")
     write_text(json.dumps(config, indent=2) + "\n", path)
 
 
@@ -136,7 +136,7 @@ def read_run_config(path: Path) -> dict:
     except ValueError:
         before = None
     if not isinstance(before, dict) or "base_weights" not in before:
-        raise ValueError(f"{path} is damaged, or not of a run: choose another --out")
+        raise ValueError(f"{path} is damaged, or does not describe a run: choose another --out")
     return before
 
 
@@ -181,7 +181,7 @@ def drop_unfinished(folder: Path) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             stage = json.loads(line)["stage"]
-        except (ValueError, KeyError, TypeError):  # a line cut by a kill, or not ours
+        except (ValueError, KeyError, TypeError):  # an incomplete or foreign line
             continue
         if (folder / str(stage)).exists():
             kept.append(line)

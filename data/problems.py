@@ -1,4 +1,4 @@
-r"""Problems: read, check and write them. A dataset is a JSONL file in one of two spellings:
+r"""Problems: read, check and write them. A dataset is a JSONL file in one of two formats:
 
     {"question": "...", "answer": 24, "rationale": "48/2 = <<48/2=24>>24\n#### 24"}    ours
     {"question": "...", "answer": "48/2 = <<48/2=24>>24\n#### 24"}                     GSM8K's
@@ -21,7 +21,7 @@ WORD = re.compile(r"[^\W\d_].{0,39}")  # starts with a letter: `6 apples` is not
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its gold answer (a number or a short text), maybe a rationale that ends in it."""
+    """A question, its gold answer (a number or a short text), and optionally a rationale."""
 
     question: str
     answer: float | str
@@ -29,7 +29,7 @@ class Problem:
 
 
 def same_answer(a: float | str, b: float | str) -> bool:
-    """Numbers: equal up to 1e-4; texts: up to case, spaces, a final stop and Unicode's form."""
+    """Compare numbers up to 1e-4; texts without case, spaces, a final stop and Unicode's form."""
     if isinstance(a, str) and isinstance(b, str):
         return plain_text(a) == plain_text(b)
     if isinstance(a, str) or isinstance(b, str):
@@ -43,7 +43,7 @@ def plain_text(text: str) -> str:
 
 
 def join_gold(unlabeled: list[Problem], labeled: list[Problem]) -> list[Problem]:
-    """U without rationales of its own: a problem that L has, too, becomes L's, with its rationale.
+    """Drop the rationales of U; a problem that is also in L is replaced by L's, with its rationale.
 
     In the paper every problem of U is one of L; here U may have others.
     """
@@ -77,13 +77,13 @@ def load_problems(path: str | Path) -> list[Problem]:
             raise ValueError(f"{path}, line {number}: {error}") from None
     if not problems:
         raise ValueError(
-            f"{path} holds no problem: write one JSON object a line, with question and answer"
+            f"{path} contains no problem: write one JSON object per line, with question and answer"
         )
     return problems
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Read a file of one JSON object a line. Raises ValueError or FileNotFoundError."""
+    """Read a file of one JSON object per line. Raises ValueError or FileNotFoundError."""
     return [row for _, row in read_lines(path)]
 
 
@@ -95,7 +95,7 @@ def read_lines(path: str | Path) -> list[tuple[int, dict]]:
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
-            text = line.decode("utf-8-sig").strip()  # -sig: some editors start a file with a mark
+            text = line.decode("utf-8-sig").strip()  # -sig: a byte-order mark is skipped
             if not text:
                 continue
             row = json.loads(text)
@@ -179,19 +179,30 @@ def readable(question: str, tokenizer, max_question: int) -> str:
     question = question.encode("utf-8", "replace").decode()
     ids = tokenizer.encode(question)
     if len(ids) > max_question or tokenizer.sentencepiece.unk_id() in ids:
-        print("Too long, or unknown characters, in this question:", file=sys.stderr)
+        print("This question is too long or contains unknown characters:", file=sys.stderr)
     return question
 
 
-def check_leakage(
-    labeled: list[Problem], unlabeled: list[Problem], tests: dict[str, list[Problem]]
+def check_data(
+    labeled: list[Problem],
+    unlabeled: list[Problem],
+    tests: dict[str, list[Problem]],
+    tokenizer,
+    allow_leakage: bool,
 ) -> None:
-    """Raise ValueError if a test question is also in the training data (compare plain_text)."""
-    trained = {plain_text(problem.question) for problem in [*labeled, *unlabeled]}
+    """Raise ValueError for data that would give wrong or meaningless results."""
+    if not allow_leakage:
+        check_leakage([*labeled, *unlabeled], tests)
+    for problems in (labeled, unlabeled, *tests.values()):
+        for problem in problems:
+            check_answer(problem, tokenizer)
+
+
+def check_leakage(trained: Iterable[Problem], tests: dict[str, list[Problem]]) -> None:
+    """Raise ValueError if a test question is also in the training data, compared as plain_text."""
+    known = {plain_text(problem.question) for problem in trained}
     for name, problems in tests.items():
-        leaked = [
-            problem.question for problem in problems if plain_text(problem.question) in trained
-        ]
+        leaked = [problem.question for problem in problems if plain_text(problem.question) in known]
         if leaked:
             raise ValueError(
                 f"{name}: {len(leaked)} questions are also in the training data "
@@ -199,16 +210,15 @@ def check_leakage(
             )
 
 
-def check_answers(problems: Iterable[Problem], tokenizer) -> None:
+def check_answer(problem: Problem, tokenizer) -> None:
     """Raise ValueError for an answer that no model can write, because the vocabulary lacks it."""
-    for problem in problems:
-        if isinstance(problem.answer, str):
-            written = tokenizer.decode(tokenizer.encode(problem.answer))
-            if not same_answer(written, problem.answer):
-                raise ValueError(
-                    f"'{problem.question:.40}...': the vocabulary lacks characters of the answer "
-                    f"{problem.answer!r}, so no model can write it: use other characters"
-                )
+    if isinstance(problem.answer, str):
+        written = tokenizer.decode(tokenizer.encode(problem.answer))
+        if not same_answer(written, problem.answer):
+            raise ValueError(
+                f"'{problem.question:.40}...': the vocabulary lacks characters of the answer "
+                f"{problem.answer!r}, so no model can write it: use other characters"
+            )
 
 
 def describe(

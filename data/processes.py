@@ -1,4 +1,4 @@
-"""Several processes under torchrun; with a single process every function here does nothing.
+"""Several processes under torchrun; a single process acts as if there were no others.
 
 Each process runs the complete program. They divide the examples of a batch and the problems of a
 sampling among themselves; only process 0 writes files and prints.
@@ -46,7 +46,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def seed_dropout(seed: int) -> None:
-    """Seed torch so that every process draws a different dropout."""
+    """Seed torch so that every process uses different dropout masks."""
     torch.manual_seed(seed + rank_and_count()[0])
 
 

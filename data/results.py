@@ -24,7 +24,7 @@ def accuracies(rows: Sequence[dict]) -> dict[str, float]:
 
 
 def make_table(folder: Path, config: argparse.Namespace) -> str:
-    """Collect all evaluations in results.json and results.md; return the table, as table 2."""
+    """Collect all evaluations in results.json and results.md; return the table."""
     stages = [("SFT", 0, "warm-up")]
     for method in ("st", "dpo-st"):
         number = 1
@@ -40,7 +40,7 @@ def make_table(folder: Path, config: argparse.Namespace) -> str:
         questions = [(row.get("test"), row.get("question")) for row in answers]
         asked = asked or questions
         if not answers or questions != asked:
-            raise ValueError(f"{path} is damaged: delete it, and the same command makes it again")
+            raise ValueError(f"{path} is damaged: delete it and run the same command again")
         results[stage] = accuracies(answers)
         rows.append([method, number, *(f"{share:.1f}" for share in results[stage].values())])
     if not config.labeled:
@@ -63,5 +63,5 @@ def read_samples(path: Path, problems: Sequence[Problem], n_samples: int) -> lis
     rows = read_jsonl(path)
     found = [(row.get("question"), len(row.get("rationales", ()))) for row in rows]
     if found != [(problem.question, n_samples) for problem in problems]:
-        raise ValueError(f"{path} is damaged: delete it, and the same command makes it again")
+        raise ValueError(f"{path} is damaged: delete it and run the same command again")
     return [row["rationales"] for row in rows]

@@ -1,7 +1,7 @@
 """Public sources: the paper's four datasets and the Flan-T5 weights, fetched once.
 
 Every address, in sources.json, is pinned to a commit. A file gets its final name only after its
-checksum was verified, so every file in the cache is complete. Interrupted downloads start again.
+checksum has been verified, so files in the cache are complete. Interrupted downloads start again.
 
     python -m data.sources base        # fetches the datasets and the weights of a size
 """
@@ -159,14 +159,14 @@ def host_of(variable: str, default: str) -> str:
 
 def not_fetched(url: str, path: Path, error: Exception) -> DownloadError:
     return DownloadError(
-        f"{url} was not fetched into {path.parent} ({error}): without a network, copy what "
-        "`python -m data.sources` fetches elsewhere; without room, set DPO_ST_CACHE to another "
-        "folder; then run the same command again"
+        f"{url} could not be fetched into {path.parent} ({error}): without a network, run "
+        "`python -m data.sources` elsewhere and copy the result; if the disk is full, set "
+        "DPO_ST_CACHE to another folder; then run the same command again"
     )
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Fetch and check a file unless it is there. If it raises DownloadError, it leaves no file."""
+    """Fetch and check a file unless it exists. Raises DownloadError and then leaves no file."""
     if path.is_file():
         return
     print(f"Fetching {url}", file=sys.stderr)

@@ -84,7 +84,7 @@ def calculate_step(formula: str, numbers: dict[str, int]) -> tuple[int, str, int
 
 
 class Story:
-    """A story in the making: who it is about, its sentences, and the number reached so far."""
+    """A story under construction: who it is about, its sentences, and the number reached so far."""
 
     def __init__(self, rng: random.Random, family: list[Row], steps: int):
         self.rng = rng

@@ -1,4 +1,4 @@
-"""How a command meets the person who runs it: flags, progress bars, printed lines, and errors."""
+"""The command line: flags, progress bars, printed lines, signals, and errors in one sentence."""
 
 import argparse
 import math
@@ -31,6 +31,14 @@ def say(line: str) -> None:
         sys.stdout.flush()
 
 
+def check_finite(number: float, name: str) -> None:
+    """Raise FloatingPointError if a training has diverged."""
+    if not math.isfinite(number):
+        raise FloatingPointError(
+            f"{name} is not finite: lower the learning rate, with another --out"
+        )
+
+
 def between(least: float, most: float, kind: type = float) -> Callable[[str], float]:
     """For argparse: a number from `least` to `most`."""
 
@@ -54,7 +62,7 @@ def named_file(text: str) -> tuple[str, str]:
     if not name or not file:
         raise argparse.ArgumentTypeError(f"must be NAME=FILE, not {text!a:.60}")
     if taken or "|" in name or not name.isprintable():
-        raise argparse.ArgumentTypeError(f"must be NAME=FILE, with another name than {text!a:.60}")
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, with a name other than {text!a:.60}")
     return name, file
 
 
@@ -69,13 +77,13 @@ def check_files(parser: argparse.ArgumentParser, config: argparse.Namespace) -> 
 def run_command(main: Callable[[], None], then: str = "") -> None:
     """Run main() as a program.
 
-    An error that a user can cause or mend becomes one sentence on stderr, with exit code 2; a fault
+    An error that a user can cause or fix becomes one sentence on stderr, with exit code 2; a fault
     of the program keeps its traceback. then: what to add where the same command can continue.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed streams swallow their lines
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a closed stream discards its output
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # ? for a sign that the terminal cannot show
+        sys.stdout.reconfigure(errors="replace")  # ? for a character that the terminal lacks
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun and schedulers send it
     if not then and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program silently
@@ -87,7 +95,7 @@ def run_command(main: Callable[[], None], then: str = "") -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # no second message while this one exits
         sentence = explain(error, then)
         if isinstance(error, BrokenPipeError):
-            sys.stdout = open(os.devnull, "w")  # what is left unwritten must not raise again
+            sys.stdout = open(os.devnull, "w")  # the rest of the output must not raise again
         if sentence is None:
             raise
         print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
@@ -96,14 +104,14 @@ def run_command(main: Callable[[], None], then: str = "") -> None:
         sys.exit(code)
     if code == 0:
         leave_processes()
-    # torch's threads sometimes abort a process of several that exits in the usual way.
+    # With several processes, torch's threads sometimes abort one that exits in the usual way.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def explain(error: BaseException, then: str = "") -> str | None:
-    """One sentence for an error that a user can cause or mend, None for a fault of this program."""
+    """One sentence for an error that a user can cause or fix, None for a fault of this program."""
     message = " ".join(str(error).split())
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if out_of_memory or "DefaultCPUAllocator" in message:  # torch's words on a CPU

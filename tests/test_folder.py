@@ -121,7 +121,7 @@ def test_files_that_stand_where_the_runs_would_are_not_taken_for_results(tmp_pat
     for name in ("warm-up", "log.jsonl"):
         folder = tmp_path / f"with {name}"
         (folder / name).mkdir(parents=True)
-        with pytest.raises(ValueError, match=f"{name} belongs to no run.*--out"):
+        with pytest.raises(ValueError, match=f"{name} was not made by a run.*--out"):
             begin(folder, NUMBERS, "L", BASE)
         assert names(folder) == [name]
 

@@ -48,7 +48,7 @@ def test_gpu_recorded_steps_write_what_eager_ones_write(on_gpu, tokenizer, monke
     """In fp32 the recording runs the same kernels as the eager step: the texts must be identical."""
     options = options | {"max_new_tokens": 40, "batch_size": 4}
     recorded = generate(on_gpu, tokenizer, QUESTIONS, **options)
-    monkeypatch.setattr(decode, "fast_step", lambda net, cache: net.step)
+    monkeypatch.setattr(decode, "fast_step", lambda net, cache: partial(net.step, cache=cache))
     assert generate(on_gpu, tokenizer, QUESTIONS, **options) == recorded
     on_cpu = generate(copy.deepcopy(on_gpu).cpu(), tokenizer, QUESTIONS, **options)
     equal = [a == b for a, b in zip(on_cpu, recorded, strict=True)]

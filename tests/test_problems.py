@@ -304,10 +304,10 @@ def test_answers_in_two_forms_of_unicode_are_the_same():
 def test_questions_that_are_trained_on_and_tested_on_are_found():
     """Testing on training questions shows nothing. Case and spaces are ignored."""
     asked, other = Problem("How  many\nnuts?", 5.0), Problem("How many pens?", 5.0)
-    check_leakage([asked], [other], {"test": [Problem("How many cups?", 5.0)]})
-    for labeled, unlabeled in (([asked], []), ([other], [asked])):
+    check_leakage([asked, other], {"test": [Problem("How many cups?", 5.0)]})
+    for trained in ([asked], [other, asked]):
         with pytest.raises(ValueError, match="mine: 1 questions.*training data.*--allow-leakage"):
-            check_leakage(labeled, unlabeled, {"mine": [Problem("how many NUTS?", 5.0)]})
+            check_leakage(trained, {"mine": [Problem("how many NUTS?", 5.0)]})
 
 
 @pytest.mark.parametrize(

@@ -447,7 +447,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
     result = command("--weights", tmp_path / "model", "--out", tmp_path / "run")
     assert (
         result.returncode == 2
-        and "do not belong together" in result.stderr
+        and "they do not match" in result.stderr
         and "Traceback" not in result.stderr
     )
 

@@ -42,8 +42,8 @@ def measure_model(
     tokenizer = Tokenizer(folder / checkpoint)
     experiment = Experiment(config, [], [], {"dev": dev}, folder, tokenizer, folder, print)
     model = experiment.load(folder / checkpoint)
-    greedy = experiment.write(model, dev, "dev")
-    sampled = experiment.write(
+    greedy = experiment.generate(model, dev, "dev")
+    sampled = experiment.generate(
         model,
         dev,
         str(folder / checkpoint),
