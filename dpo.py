@@ -166,10 +166,8 @@ def main() -> None:
         print(f"After {n_steps} steps:")
         print(f"  log pi of chosen {chosen.item():.4f}, of rejected {rejected.item():.4f}")
         print(f"  reward margin {terms['reward_margin']:.4f}, loss (eq. 5) {terms['loss']:.4f}")
-    print(
-        "The margin has grown, and all of it comes from the rejected rationale: the chosen one has"
-    )
-    print("also become slightly less probable. Eq. 5 asks only for a margin.")
+    print("The margin has grown because the rejected rationale has become less probable; so has,")
+    print("slightly, the chosen one. Eq. 5 asks only for a margin.")
 
 
 if __name__ == "__main__":
