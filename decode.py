@@ -9,6 +9,9 @@ forced into the rationale. Left out: beam search, and the arithmetic itself (cal
     python decode.py [--checkpoint DIR] "question" ...
 """
 
+import data  # noqa: F401 (first: Ctrl-C while torch is imported is one word, not a traceback)
+
+# isort: split
 import argparse
 import random
 import time
@@ -16,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -32,6 +36,7 @@ from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 MAX_NEW_TOKENS = 300  # appendix A
 TOP_K = 50  # DIFFERS: stated here; the authors inherit it from their framework without saying so
 ENCODE_BATCH = 32  # questions encoded at a time
+BELOW_1 = 1 - 2**-24  # the largest fp32 number below 1, to which larger ones would be rounded up
 
 # ------------------------------------------------------------------- one rationale, one more token
 
@@ -49,7 +54,7 @@ class Sample:
 def uniform_noise(seed: int | str, question: str, number: int, n: int) -> list[float]:
     """n random numbers in [0, 1), one per token of one rationale; they depend on nothing else."""
     source = random.Random(f"{seed}/{number}/{question}")
-    return [source.random() for _ in range(n)]
+    return [min(source.random(), BELOW_1) for _ in range(n)]
 
 
 def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Tensor) -> Tensor:
@@ -65,10 +70,9 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, noise: Ten
     k = min(top_k, vocab_size) if top_k else vocab_size
     scores, ids = logits.float().topk(k)  # (B, k)
     cumulative = (scores / temperature).softmax(-1).cumsum(-1)  # (B, k)
-    # The first id whose cumulative probability exceeds the noise. In fp32 the sum may round to
-    # below 1, and the noise up to 1: hence the scaling, and the clamp.
+    # The first id whose cumulative probability exceeds the noise; in fp32 all may sum to below 1.
     choice = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-    return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1))[:, 0]
+    return ids.gather(-1, choice)[:, 0]
 
 
 class RowState:
@@ -353,10 +357,13 @@ def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
 
 def main() -> None:
     tiny = Path(__file__).resolve().parent / "data" / "tiny"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("question", nargs="*", help="without a question: a demonstration")
+    parser = argparse.ArgumentParser(description="Ask a model a question.")
+    parser.add_argument("question", nargs="*", help="in quotes; none: a demonstration")
     parser.add_argument(
-        "--checkpoint", default=tiny, help="a folder (default: data/tiny, not fine-tuned)"
+        "--checkpoint",
+        default=tiny,
+        type=expanduser,
+        help="a folder (default: data/tiny, not fine-tuned)",
     )
     args = parser.parse_args()
     torch.set_flush_denormal(True)
@@ -368,6 +375,8 @@ def main() -> None:
         question = readable(question, tokenizer, MAX_QUESTION)
         [[sample]] = generate(model, tokenizer, [question])
         print(f"{question}\n  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}")
+        if not sample.finished:
+            print(f"  (cut at {MAX_NEW_TOKENS} tokens)")
     if args.question:
         return
     question = "Tom has 6 boxes with 24 shells in each. How many shells does he have?"

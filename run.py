@@ -7,6 +7,9 @@
 The same command continues a run that was stopped.
 """
 
+import data  # noqa: F401 (first: Ctrl-C while torch is imported is one word, not a traceback)
+
+# isort: split
 import argparse
 import shlex
 import time
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from calculator import calculate
 from data.checkpoints import check_vocabulary
 from data.folder import log_record, open_folder
 from data.problems import Problem, check_data, describe, join_gold, load_problems
@@ -58,14 +62,9 @@ NUMBERS = {
         ("--temperature", positive, 0.7, "sampling temperature [section 4.2]"),
         ("--top-k", natural, TOP_K, "sample from the N most probable ids; 0: all [authors' code]"),
         ("--max-new-tokens", count, MAX_NEW_TOKENS, "tokens per rationale, at most [appendix A]"),
-        (
-            "--max-similarity",
-            fraction,
-            MAX_SIMILARITY,
-            "of rationales kept [section 4.2]",
-        ),
+        ("--max-similarity", fraction, MAX_SIMILARITY, "of rationales kept [section 4.2]"),
         ("--n-pairs", count, N_PAIRS, "least similar pairs per question [authors' code]"),
-        ("--percentile", between(0, 100), PERCENTILE, "caps labels per question [authors' code]"),
+        ("--percentile", between(0, 100), PERCENTILE, "caps labels, 0 to 100 [authors' code]"),
     ],
     "SFT": [
         ("--sft-epochs", count, 8, "passes over the examples [table 5]"),
@@ -132,7 +131,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="Algorithm 2, 1, or both (dpo-st)",
     )
     add("--out", default="", help="output folder (runs/[own-]SIZE-seed-SEED)")
-    add("--weights", default="", help="your own checkpoint; --size still sets the defaults")
+    add(
+        "--weights",
+        default="",
+        help="your own checkpoint; --size still sets the defaults",
+    )
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--bf16", action="store_true", help="compute in bf16 (always on a GPU)")
     add(
@@ -144,7 +147,12 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("your own problems (JSONL)")
     add = group.add_argument
     add("--labeled", default="", metavar="FILE", help="problems with rationales")
-    add("--unlabeled", default="", metavar="FILE", help="problems with answers only")
+    add(
+        "--unlabeled",
+        default="",
+        metavar="FILE",
+        help="problems with answers only",
+    )
     test = {"action": "append", "default": [], "type": named_file, "metavar": "NAME=FILE"}
     add("--test", **test, help="a test set; may be repeated")
     add("--allow-leakage", action="store_true", help="allow test questions in the training data")
@@ -178,7 +186,7 @@ def load_data(
 ) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
     """The labeled set L (rationales formatted), the unlabeled set U, and the test sets by name.
 
-    U's own rationales are dropped. A problem that is also in L gets L's rationale, as gold.
+    The rationales of U are not used, but join_gold gives it those of L.
     """
     if config.labeled:
         labeled = load_problems(config.labeled)
@@ -190,15 +198,15 @@ def load_data(
         )
     else:
         folder = from_process_0(fetch_datasets)
-        labeled = load_problems(folder / "gsm8k" / "train.jsonl")
+        labeled = load_problems(folder / "gsm8k" / "train.jsonl", quiet=True)
         unlabeled = labeled  # section 4.1
-        tests = {name: load_problems(folder / name.lower() / "test.jsonl") for name in TESTS}
-        tests["dev"] = load_problems(folder / "gsm8k" / "dev.jsonl")
+        paths = {name: folder / name.lower() / "test.jsonl" for name in TESTS}
+        paths["dev"] = folder / "gsm8k" / "dev.jsonl"
+        tests = {name: load_problems(path, quiet=True) for name, path in paths.items()}
     limit = config.limit or None
     labeled = [format_problem(problem, config.labeled) for problem in labeled[:limit]]
-    unlabeled = join_gold(unlabeled[:limit], labeled)
     tests = {name: problems[:limit] for name, problems in tests.items()}
-    return labeled, unlabeled, tests
+    return labeled, unlabeled[:limit], tests
 
 
 def format_problem(problem: Problem, file: str) -> Problem:
@@ -236,6 +244,7 @@ def main() -> None:
         base = from_process_0(lambda: fetch_flan_t5(config.size))
     tokenizer = Tokenizer(base)
     check_vocabulary(base, read_config(base).vocab_size, tokenizer.vocab_size)
+    unlabeled = join_gold(unlabeled, labeled, tokenizer)
     check_data(labeled, unlabeled, tests, tokenizer, config.allow_leakage)
 
     folder = Path(config.out)
@@ -243,7 +252,7 @@ def main() -> None:
         say(f"Flan-T5 {config.size} on {rank_and_count()[1]} x {config.device} -> {folder}")
         longest = min(MAX_RATIONALE, config.max_new_tokens)
         problems = [*labeled, *unlabeled, *chain.from_iterable(tests.values())]
-        say(describe(labeled, problems, tokenizer, MAX_QUESTION, longest))
+        say(describe(labeled, problems, tokenizer, MAX_QUESTION, longest, calculate))
         log = partial(log_record, folder / "log.jsonl")
         experiment = Experiment(config, labeled, unlabeled, tests, base, tokenizer, folder, log)
         methods = ("st", "dpo-st") if config.method == "both" else (config.method,)

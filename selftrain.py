@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.folder import write_atomically
+from calculator import format_number
+from data.folder import is_finished, write_atomically
 from data.problems import Problem, same_answer, write_jsonl
 from data.processes import from_process_0, share_work
 from data.results import accuracies, read_samples
@@ -35,6 +36,7 @@ MAX_SIMILARITY = 0.7  # section 4.2: more similar rationales are duplicates
 N_PAIRS = 3  # authors' code: preference pairs kept per question
 PERCENTILE = 90  # authors' code: caps the pseudo-labels per question
 Rationales = list[list[str]]  # the samples of each question
+NO_LABEL = "correct samples are too similar to gold, or above the cap (--percentile)"
 SCHEDULE_FLAGS = (  # the fields of sft.Schedule that are the same for SFT and DPO
     *("warmup_ratio", "final_ratio", "weight_decay", "max_grad_norm"),
     *("micro_batch_tokens", "bf16", "log_every", "seed"),
@@ -60,11 +62,14 @@ def extract_answer(rationale: str) -> float | None:
 def is_correct(rationale: str, answer: float | str) -> bool:
     """Whether the rationale reaches the gold answer: a number or, in your own data, a short text.
 
+    A number may also be rounded as the calculator rounds: 0.33 is correct for 1/3.
     DIFFERS: one definition of correct everywhere; the authors' code has two tolerances.
     """
     if not isinstance(answer, str):
         predicted = extract_answer(rationale)
-        return predicted is not None and same_answer(predicted, answer)
+        if predicted is None:
+            return False
+        return same_answer(predicted, answer) or predicted == float(format_number(answer))
     _, mark, predicted = rationale.rpartition("#### ")
     return mark != "" and same_answer(predicted, answer)
 
@@ -238,7 +243,7 @@ class Experiment:
         torchrun every process makes the result, and process 0 writes it.
         """
         path = self.folder / name
-        if not from_process_0(path.exists):
+        if not from_process_0(partial(is_finished, path)):
             result = make()
             from_process_0(partial(write_atomically, path, partial(write, result)))
         return path
@@ -308,7 +313,7 @@ class Experiment:
         labels = make_pseudo_labels(
             self.U, join_rounds(rounds), self.tokenizer, c.max_similarity, c.percentile
         )
-        return self.keep(name, labels, if_none="SFT uses L alone, as in the warm-up")
+        return self.keep(name, labels, if_none=f"SFT uses L alone: {NO_LABEL}")
 
     def keep(self, name: str, items: list, if_none: str) -> list:
         """Store pairs or labels for people to read; every start makes them anew from samples."""
@@ -406,9 +411,13 @@ def main() -> None:
     L = []
     for problem in make_problems(64, seed=0, steps=(2, 3)):
         L.append(replace(problem, rationale=format_rationale(problem.rationale)))
+
+    def print_loss(record: dict) -> None:
+        print(f"{record['stage']}, step {record['step']}: loss {record['loss']:.3f}")
+
     schedule = Schedule(peak_rate=1e-3, batch_size=8, seed=0)
     examples = make_examples(L, tokenizer)
-    model = train_sft(load_flan_t5(folder), examples, 3, schedule, "f' = SFT(f, L)", print)
+    model = train_sft(load_flan_t5(folder), examples, 3, schedule, "f' = SFT(f, L)", print_loss)
 
     question = (
         "Felix bakes 74 cookies on Monday and 44 on Friday. The dog eats 16 cookies. "

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.processes import add_over_processes, seed_dropout, share_of
-from data.terminal import check_finite, progress
+from data.terminal import check_training, progress
 from model import T5, load_flan_t5, shift_right
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
 
@@ -182,7 +182,8 @@ def train(
         sums = add_over_processes(model, sums)
         # 2. One optimiser step.
         norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm).item()
-        check_finite(norm, f"{name}: the gradient of step {step + 1}")
+        guessing = math.log(model.config.vocab_size)
+        check_training(sums["loss"], norm, guessing, f"{name}, step {step + 1}")
         rate = learning_rate(step, n_steps, schedule)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()

@@ -98,10 +98,11 @@ def format_rationale(text: str) -> str:
     text = re.sub("#### ?", "#### ", text)  # exactly one space after the mark
     text = re.sub(r"\$(?=\S)", "$ ", text)
     # A match consumes both neighbours, so 2+3+4 becomes 2 + 3+4, as in the authors' training text.
+    # DIFFERS: =-18 becomes = -18, as the calculator writes it; the authors make it = - 18.
     for sign in "+-*/=":
-        text = re.sub(rf"(\S)\{sign}(\S)", rf"\1 {sign} \2", text)
+        text = re.sub(rf"([^\s=])\{sign}(\S)", rf"\1 {sign} \2", text)
     lines = []
-    for line in text.splitlines():
+    for line in text.replace("\r\n", "\n").strip("\n").split("\n"):
         if not line.startswith("##") and not line.endswith("."):
             line += "."
         lines.append(line)

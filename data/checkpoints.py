@@ -36,6 +36,7 @@ STANDARD = {  # every T5 has these, whether or not its config.json states them
 SPECIAL_TOKENS = ("decoder_start_token_id", "pad_token_id", "eos_token_id")
 SIZES = ("d_model", "d_ff", "num_heads", "num_layers", "d_kv", "vocab_size")
 OPTIONAL = ("d_kv", "vocab_size", "dropout_rate", "layer_norm_epsilon")
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
@@ -44,7 +45,8 @@ def damaged(path: Path, error: Exception) -> ValueError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return ValueError(
         f"{path} is missing, damaged or not part of a checkpoint ({lines[0][:100]}): "
-        "fetch it again, or name another folder"
+        "fetch it again, or name another folder; if a run made it, delete its folder and run the "
+        "same command again"
     )
 
 
@@ -65,6 +67,10 @@ def read_object(path: Path) -> dict:
 def read_fields(folder: Path) -> dict:
     """Read a checkpoint's config.json. Raises ValueError unless it describes a Flan-T5."""
     path = folder / "config.json"
+    if not folder.exists():
+        raise ValueError(f"there is no folder {folder}: check the path")
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: name the folder that holds it")
     if (folder / "log.jsonl").exists():
         raise ValueError(f"{folder} is a run: name a model in it, such as warm-up/sft")
     fields = read_object(path)
@@ -216,6 +222,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             else:
                 found = torch.load(path, map_location="cpu", weights_only=True)
             for name, tensor in found.items():
+                name = name.removeprefix("module.").removeprefix("_orig_mod.")  # wrapped models
                 if name in tensors:
                     raise ValueError(f"{name} is in two shards")
                 tensors[name] = tensor.detach()
@@ -228,8 +235,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if copy is not None and not torch.equal(copy, tensors.setdefault("shared.weight", copy)):
             raise ValueError(f"{folder}: {name} differs from the other embedding: not a Flan-T5")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{folder}: {name} holds {tensor.dtype}: not a Flan-T5")
+        if tensor.dtype not in STORED:
+            raise ValueError(f"{folder}: {name} holds {tensor.dtype}: convert it to bf16 or fp32")
         if not tensor.isfinite().all():
             raise ValueError(f"{folder}: {name} holds NaN or infinity: fetch it again")
     return tensors

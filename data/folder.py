@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.checkpoints import weight_files
+from data.checkpoints import BIN, weight_files
 from data.processes import from_process_0, rank_and_count
 from data.terminal import say
 
@@ -113,6 +113,7 @@ def check_settings(folder: Path, config: dict, problems: object, base: Path) -> 
     }
     if path.exists():
         before = read_run_config(path)
+        say(f"Continuing the run in {folder}: finished stages are kept")
         for name in config:
             if name not in MAY_CHANGE and before.get(name) != config[name]:
                 there = f"--{name.replace('_', '-')} {before.get(name)}"
@@ -136,7 +137,10 @@ def read_run_config(path: Path) -> dict:
     except ValueError:
         before = None
     if not isinstance(before, dict) or "base_weights" not in before:
-        raise ValueError(f"{path} is damaged, or does not describe a run: choose another --out")
+        raise ValueError(
+            f"{path} is damaged, or does not describe a run: choose another --out; to keep the "
+            "finished stages, start the same command there, stop it, and copy its config.json here"
+        )
     return before
 
 
@@ -156,6 +160,15 @@ def remove_leftovers(folder: Path) -> None:
             name = leftover.name.partition(".unfinished-")[0]
             if leftover.is_dir() and {inner.name for inner in leftover.iterdir()} <= {name}:
                 shutil.rmtree(leftover)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a stage's result is there. Raises ValueError for a model that has lost its files."""
+    if path.is_dir():
+        for file in [path / "config.json", path / "spiece.model", path / BIN]:
+            if not file.exists():
+                raise ValueError(f"{file} is missing: delete {path} and run the same command again")
+    return path.exists()
 
 
 # --------------------------------------------------------------------------------------------- log

@@ -7,16 +7,22 @@ One bad line rejects the complete file: skipping it would change the training se
 """
 
 import json
-import math
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data.terminal import say
+
 NUMBER = re.compile(r"-?(([0-9]{1,3}(,[0-9]{3})+|[0-9]+)(\.[0-9]*)?|\.[0-9]+)")
 WORD = re.compile(r"[^\W\d_].{0,39}")  # starts with a letter: `6 apples` is not a word
+LABELED_NUMBER = re.compile(r"(\W|[^\W\d_]{2})[-+]?\.?\d")  # `Rs. 18` is not one either
+ANNOTATION = re.compile(r"\[([^\[\]=]*)=([^\[\]]*)\]")  # in formatted rationales
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+MAX_NUMBER = 1e15  # a float holds every integer up to here
+FIELDS = ("question", "answer", "rationale")
 
 
 @dataclass(frozen=True)
@@ -42,44 +48,64 @@ def plain_text(text: str) -> str:
     return "".join(text.split()).rstrip(".").casefold()
 
 
-def join_gold(unlabeled: list[Problem], labeled: list[Problem]) -> list[Problem]:
+def question_key(question: str, tokenizer) -> str:
+    """Equal for questions that are the same to the model, or differ in case or spaces only."""
+    normal = tokenizer.sentencepiece.normalize(question).replace("\u2581", " ")
+    return plain_text(normal)
+
+
+def join_gold(unlabeled: list[Problem], labeled: list[Problem], tokenizer) -> list[Problem]:
     """Drop the rationales of U; a problem that is also in L is replaced by L's, with its rationale.
 
-    In the paper every problem of U is one of L; here U may have others.
+    In the paper every problem of U is one of L; here U may have others. A problem that is in U
+    twice is used once, because both would draw the same samples.
     """
     same_question: dict[str, list[Problem]] = {}
     for problem in labeled:
-        same_question.setdefault(problem.question, []).append(problem)
-    joined = []
+        same_question.setdefault(question_key(problem.question, tokenizer), []).append(problem)
+    joined: dict[tuple, Problem] = {}
     for problem in unlabeled:
+        key = question_key(problem.question, tokenizer)
         gold = replace(problem, rationale=None)
-        for other in same_question.get(problem.question, []):
+        for other in same_question.get(key, []):
             if same_answer(other.answer, problem.answer):
                 gold = other
                 break
-        joined.append(gold)
-    return joined
+        joined.setdefault((key, gold.answer), gold)
+    return list(joined.values())
 
 
 # ----------------------------------------------------------------------------------------- reading
 
 
-def load_problems(path: str | Path) -> list[Problem]:
-    """Read a dataset.
+def load_problems(path: str | Path, quiet: bool = False) -> list[Problem]:
+    """Read a dataset; say which of its fields are not used, unless quiet.
 
     Raises FileNotFoundError for a missing file, ValueError for an empty one or a bad line.
     """
     problems = []
+    unused = set()
     for number, row in read_lines(path):
         try:
             problems.append(to_problem(row))
         except (ValueError, OverflowError) as error:  # OverflowError: an integer no float can hold
             raise ValueError(f"{path}, line {number}: {error}") from None
+        unused |= row.keys() - {*FIELDS}
     if not problems:
         raise ValueError(
             f"{path} contains no problem: write one JSON object per line, with question and answer"
         )
+    if unused and not quiet:
+        say(f"{path}: these fields are not used: {', '.join(sorted(unused))}")
     return problems
+
+
+def no_repeats(fields: list[tuple]) -> dict:
+    """For json: an object whose field names all differ."""
+    row = dict(fields)
+    if len(row) < len(fields):
+        raise ValueError("a field occurs twice")
+    return row
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -98,7 +124,7 @@ def read_lines(path: str | Path) -> list[tuple[int, dict]]:
             text = line.decode("utf-8-sig").strip()  # -sig: a byte-order mark is skipped
             if not text:
                 continue
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=no_repeats)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)  # JSON's message without its own line number
             raise ValueError(
@@ -115,6 +141,8 @@ def to_problem(row: dict) -> Problem:
     question = row.get("question")
     answer = row.get("answer")
     rationale = row.get("rationale")
+    if question is None:
+        raise ValueError(f"there is no question, but only {', '.join(row) or 'nothing'}")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question must be text, and not empty")
     if isinstance(answer, str) and "####" in answer:  # GSM8K's spelling
@@ -128,14 +156,19 @@ def to_problem(row: dict) -> Problem:
             answer = final
     if isinstance(answer, str):
         answer = to_answer(answer)
-    elif type(answer) in (int, float) and math.isfinite(answer):
+    elif type(answer) in (int, float) and abs(answer) <= MAX_NUMBER:
         answer = float(answer)
     else:
-        raise ValueError(f"the answer must be a finite number or a short text, not {answer!r:.40}")
+        raise ValueError(
+            f"the answer must be a number up to 1e15 or a short text, not {answer!r:.40}"
+        )
     if rationale is not None and not same_answer(final, answer):
         raise ValueError(f"the rationale ends in {final}, but the answer is {answer}")
     for text in (question, rationale or "", str(answer)):
         text.encode()  # raises for a lone surrogate, which JSON can spell but no file can hold
+        control = CONTROL.search(text)
+        if control:
+            raise ValueError(f"there is a {control[0]!r}: JSON spells a backslash with two")
     return Problem(question, answer, rationale)
 
 
@@ -151,13 +184,15 @@ def to_answer(text: str) -> float | str:
     text = text.strip()
     if NUMBER.fullmatch(text):
         number = float(text.replace(",", ""))
-        if math.isinf(number):
-            raise ValueError("the answer must be a finite number")
+        if abs(number) > MAX_NUMBER:
+            raise ValueError("the answer must be a number up to 1e15")
         return number
     if not WORD.fullmatch(text):
         raise ValueError(
             f"an answer must be a number such as 1,200.5 or a short text, not {text!r:.40}"
         )
+    if LABELED_NUMBER.search(text):
+        raise ValueError(f"the answer {text!r:.40} contains a number: write the number alone")
     return text
 
 
@@ -192,17 +227,24 @@ def check_data(
 ) -> None:
     """Raise ValueError for data that would give wrong or meaningless results."""
     if not allow_leakage:
-        check_leakage([*labeled, *unlabeled], tests)
-    for problems in (labeled, unlabeled, *tests.values()):
+        check_leakage([*labeled, *unlabeled], tests, tokenizer)
+    for name, problems in {"L": labeled, "U": unlabeled, **tests}.items():
+        answers: dict[str, Problem] = {}
         for problem in problems:
             check_answer(problem, tokenizer)
+            first = answers.setdefault(question_key(problem.question, tokenizer), problem)
+            if not same_answer(first.answer, problem.answer):
+                raise ValueError(
+                    f"{name}: '{problem.question:.40}...' is there twice, with the answers "
+                    f"{first.answer} and {problem.answer}: keep one"
+                )
 
 
-def check_leakage(trained: Iterable[Problem], tests: dict[str, list[Problem]]) -> None:
-    """Raise ValueError if a test question is also in the training data, compared as plain_text."""
-    known = {plain_text(problem.question) for problem in trained}
+def check_leakage(trained: Iterable[Problem], tests: dict[str, list[Problem]], tokenizer) -> None:
+    """Raise ValueError if a test question is also in the training data."""
+    known = {question_key(problem.question, tokenizer) for problem in trained}
     for name, problems in tests.items():
-        leaked = [problem.question for problem in problems if plain_text(problem.question) in known]
+        leaked = [p.question for p in problems if question_key(p.question, tokenizer) in known]
         if leaked:
             raise ValueError(
                 f"{name}: {len(leaked)} questions are also in the training data "
@@ -223,12 +265,13 @@ def check_answer(problem: Problem, tokenizer) -> None:
 
 def describe(
     labeled: list[Problem],
-    problems: Iterable[Problem],
+    problems: Sequence[Problem],
     tokenizer,
     max_question: int,
     max_rationale: int,
+    calculate: Callable[[str], str | None],
 ) -> str:
-    """What is cut (lengths in tokens) or lost: one line, to be printed before training."""
+    """What is cut (lengths in tokens), lost or unusual: two lines to print before training."""
     unknown_id = tokenizer.sentencepiece.unk_id()
     questions = {problem.question for problem in problems}
     n_cut = n_unknown = 0
@@ -236,13 +279,23 @@ def describe(
         ids = tokenizer.encode(question)
         n_cut += len(ids) > max_question
         n_unknown += unknown_id in ids
-    n_long = n_unknown_rationales = 0
+    n_long = n_unknown_rationales = n_annotations = n_other = n_without = 0
     for problem in labeled:
         ids = tokenizer.encode(problem.rationale)
         n_long += len(ids) > max_rationale
         n_unknown_rationales += unknown_id in ids
+        annotations = ANNOTATION.findall(problem.rationale)
+        n_annotations += len(annotations)
+        n_without += not annotations
+        for expression, result in annotations:
+            n_other += calculate(expression) not in (None, result.strip())
+    n_words = sum(isinstance(problem.answer, str) for problem in problems)
     return (
-        f"Of {len(questions)} questions {n_cut} are cut at {max_question} tokens and {n_unknown} "
-        f"have characters that the vocabulary lacks; of {len(labeled)} labeled rationales {n_long} "
-        f"are longer than {max_rationale} tokens and {n_unknown_rationales} have such characters"
+        f"Of {len(questions)} questions in L, U and the tests {n_cut} are cut at {max_question} "
+        f"tokens and {n_unknown} have characters that the vocabulary lacks; of {len(labeled)} "
+        f"labeled rationales {n_long} are longer than {max_rationale} tokens and "
+        f"{n_unknown_rationales} have such characters\n"
+        f"The labeled rationales have {n_annotations} annotations, {n_other} of them other than "
+        f"the calculator's; {n_without} rationales have none; {n_words} of {len(problems)} answers "
+        "are words"
     )

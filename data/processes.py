@@ -16,8 +16,13 @@ TIMEOUT = timedelta(hours=4)  # how long a process waits for the others before i
 
 
 def start_processes(device: str) -> None:
-    """Join the process group if torchrun started this process: NCCL between GPUs, else gloo."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # set by torchrun: the number of processes
+    """Join the process group if torchrun started this process: NCCL between GPUs, else gloo.
+
+    Raises ValueError for a start by srun alone, whose tasks would all write the same files.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # set by torchrun
+        if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+            raise ValueError("srun starts one torchrun per node: srun -n 1 torchrun ... run.py ...")
         return
     backend = "gloo"
     if device == "cuda":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def make_table(folder: Path, config: argparse.Namespace) -> str:
             number += 1
     results = {}
     rows = []
+    constant: list[float] = []  # what the most frequent answer alone would solve, by test
     asked = None  # every evaluation must be on the same problems
     for method, number, stage in stages:
         path = folder / stage / "evaluation.jsonl"
@@ -43,6 +45,8 @@ def make_table(folder: Path, config: argparse.Namespace) -> str:
             raise ValueError(f"{path} is damaged: delete it and run the same command again")
         results[stage] = accuracies(answers)
         rows.append([method, number, *(f"{share:.1f}" for share in results[stage].values())])
+        constant = constant or most_frequent(answers)
+    rows.append(["always the most frequent answer", "", *(f"{share:.1f}" for share in constant)])
     if not config.labeled:
         for method, numbers in TABLE_2.get(config.size, {}).items():
             rows.append([f"{method}, paper, with its own settings", "", *numbers, "", ""])
@@ -53,6 +57,14 @@ def make_table(folder: Path, config: argparse.Namespace) -> str:
     write_text(json.dumps(results, indent=2) + "\n", folder / "results.json")
     write_text(table, folder / "results.md")
     return table
+
+
+def most_frequent(rows: Sequence[dict]) -> list[float]:
+    """Percentage of problems whose answer is the most frequent one, for each test set."""
+    answers: dict[tuple, Counter] = {}
+    for row in rows:
+        answers.setdefault((row["test"], row["calculator"]), Counter())[row["answer"]] += 1
+    return [100 * max(counts.values()) / counts.total() for counts in answers.values()]
 
 
 def read_samples(path: Path, problems: Sequence[Problem], n_samples: int) -> list[list[str]]:

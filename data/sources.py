@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 import urllib.request
@@ -21,7 +22,7 @@ from xml.etree import ElementTree
 
 import torch.hub
 
-from data.checkpoints import BIN, readable_formats, shards, weight_files
+from data.checkpoints import BIN, read_fields, readable_formats, shards, weight_files
 from data.folder import write_text
 from data.problems import to_jsonl
 
@@ -72,23 +73,43 @@ def fetch_flan_t5(size: str, cache: str | Path | None = None) -> Path:
     if size not in FLAN_T5:
         raise ValueError(f"there is no Flan-T5 {size!r}: choose from {', '.join(FLAN_T5)}")
     folder = cache_folder(cache) / f"flan-t5-{size}-{FLAN_T5[size][:8]}"
-    snapshot = f"models--google--flan-t5-{size}/snapshots/{FLAN_T5[size]}"
-    for place in (folder, library_cache() / snapshot):
+    library = library_cache() / f"models--google--flan-t5-{size}/snapshots/{FLAN_T5[size]}"
+    for place in (folder, library):
         if is_complete(place):
             return place
     host = host_of("HF_ENDPOINT", "https://huggingface.co")
     url = f"{host}/google/flan-t5-{size}/resolve/{FLAN_T5[size]}"
-    # No sha256 is known for config.json and the index; data/checkpoints.py checks their content.
-    download(f"{url}/config.json", folder / "config.json")
+    adopt(library, folder)
     download(f"{url}/spiece.model", folder / "spiece.model", SHA256["spiece.model"])
+    if not readable_config(folder):
+        (folder / "config.json").unlink(missing_ok=True)
+        download(f"{url}/config.json", folder / "config.json")
+        if not readable_config(folder):  # no sha256 is known for it: check its content
+            (folder / "config.json").unlink()
+            error = ValueError("what came is not the config.json of a Flan-T5")
+            raise not_fetched(f"{url}/config.json", folder, error)
     for name in readable_formats():
+        if is_complete(folder):
+            break
         try:
             fetch_weights(url, folder, name, size)
-            return folder
         except DownloadError as error:
             missing = isinstance(error.__cause__, HTTPError) and error.__cause__.code == 404
             if not missing or name == BIN:  # the hub has no .safetensors of xxl
                 raise
+    return folder
+
+
+def adopt(library: Path, folder: Path) -> None:
+    """Link the files of an incomplete checkpoint in the library's cache: fetch only the others."""
+    for path in library.glob("*") if library.is_dir() else ():
+        wanted = path.suffix in (".model", ".bin", ".safetensors") or path.name == "config.json"
+        if wanted and path.is_file() and not (folder / path.name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                (folder / path.name).symlink_to(path.resolve())
+            except OSError:  # Windows without the right to make links
+                shutil.copyfile(path, folder / path.name)
 
 
 def fetch_weights(url: str, folder: Path, name: str, size: str) -> None:
@@ -110,12 +131,20 @@ def fetch_weights(url: str, folder: Path, name: str, size: str) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder has all files of a checkpoint."""
+    """Whether a folder has all files of a checkpoint, and a config.json that can be read."""
     try:
-        files = [folder / "config.json", folder / "spiece.model", *weight_files(folder)]
-        return all(path.is_file() for path in files)
+        files = [folder / "spiece.model", *weight_files(folder)]
+        return all(path.is_file() for path in files) and readable_config(folder)
     except (OSError, ValueError):  # no weights, a broken index, or no permission
         return False
+
+
+def readable_config(folder: Path) -> bool:
+    try:
+        read_fields(folder)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------- places
@@ -160,8 +189,8 @@ def host_of(variable: str, default: str) -> str:
 def not_fetched(url: str, path: Path, error: Exception) -> DownloadError:
     return DownloadError(
         f"{url} could not be fetched into {path.parent} ({error}): without a network, run "
-        "`python -m data.sources` elsewhere and copy the result; if the disk is full, set "
-        "DPO_ST_CACHE to another folder; then run the same command again"
+        "`python -m data.sources SIZE` elsewhere and copy its cache folder; if the disk is full, "
+        "set DPO_ST_CACHE to another folder; then run the same command again"
     )
 
 
@@ -169,6 +198,8 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     """Fetch and check a file unless it exists. Raises DownloadError and then leaves no file."""
     if path.is_file():
         return
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
+        raise not_fetched(url, path, ValueError("HF_HUB_OFFLINE is set"))
     print(f"Fetching {url}", file=sys.stderr)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
@@ -250,7 +281,7 @@ CONVERSIONS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m data.sources", description=__doc__.splitlines()[0]
+        prog="python -m data.sources", description="Fetch the datasets and the weights of a size."
     )
     sizes = ", ".join(FLAN_T5)
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"Flan-T5 to fetch too: {sizes}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data.processes import leave_processes, rank_and_count
@@ -21,7 +22,14 @@ def progress(items: Iterable, title: str | None, unit: str) -> tqdm:
     """
     hidden = title is None or rank_and_count()[0] > 0
     # None: tqdm shows the bar on a terminal and hides it in a file.
-    return tqdm(items, title, unit=unit, leave=False, disable=True if hidden else None)
+    return tqdm(
+        items,
+        title,
+        unit=unit,
+        leave=False,
+        disable=True if hidden else None,
+        bar_format="{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} [{elapsed}<{remaining}]",
+    )
 
 
 def say(line: str) -> None:
@@ -31,11 +39,12 @@ def say(line: str) -> None:
         sys.stdout.flush()
 
 
-def check_finite(number: float, name: str) -> None:
-    """Raise FloatingPointError if a training has diverged."""
-    if not math.isfinite(number):
+def check_training(loss: float, norm: float, guessing: float, name: str) -> None:
+    """Raise FloatingPointError if a training has diverged. guessing: a uniform guess's loss."""
+    if not math.isfinite(norm) or loss > 10 * guessing:
         raise FloatingPointError(
-            f"{name} is not finite: lower the learning rate, with another --out"
+            f"{name}: the loss is {loss:.4g} (that of guessing: {guessing:.1f}), the gradient's "
+            f"norm {norm:.4g}: lower the learning rate, with another --out"
         )
 
 
@@ -48,7 +57,8 @@ def between(least: float, most: float, kind: type = float) -> Callable[[str], fl
         except ValueError:
             number = math.nan
         if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} from {least} to {most}, not {text}")
         return number
 
     return read
@@ -63,11 +73,13 @@ def named_file(text: str) -> tuple[str, str]:
         raise argparse.ArgumentTypeError(f"must be NAME=FILE, not {text!a:.60}")
     if taken or "|" in name or not name.isprintable():
         raise argparse.ArgumentTypeError(f"must be NAME=FILE, with a name other than {text!a:.60}")
-    return name, file
+    return name, os.path.expanduser(file)
 
 
 def check_files(parser: argparse.ArgumentParser, config: argparse.Namespace) -> None:
-    """End the program if the flags for a user's own problems are incomplete."""
+    """Expand ~ in paths; end the program if the flags for own problems are incomplete."""
+    for name in ("out", "weights", "labeled", "unlabeled"):
+        setattr(config, name, os.path.expanduser(getattr(config, name)))
     if bool(config.labeled) != bool(config.test) or (config.unlabeled and not config.labeled):
         parser.error("your own data: give both --labeled FILE and --test NAME=FILE")
     if len(dict(config.test)) < len(config.test):
@@ -78,13 +90,14 @@ def run_command(main: Callable[[], None], then: str = "") -> None:
     """Run main() as a program.
 
     An error that a user can cause or fix becomes one sentence on stderr, with exit code 2; a fault
-    of the program keeps its traceback. then: what to add where the same command can continue.
+    of the program keeps its traceback. A signal ends the process after that sentence, so that a
+    shell loop around it stops, too. then: what to add where the same command can continue.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # a closed stream discards its output
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # ? for a character that the terminal lacks
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun and schedulers send it
+    signal.signal(signal.SIGTERM, stop)  # torchrun and schedulers send it
     if not then and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program silently
     code = 0
@@ -98,16 +111,35 @@ def run_command(main: Callable[[], None], then: str = "") -> None:
             sys.stdout = open(os.devnull, "w")  # the rest of the output must not raise again
         if sentence is None:
             raise
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # erase what it has drawn
         print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
         code = 2
-    if rank_and_count()[1] == 1:
-        sys.exit(code)
+        if isinstance(error, KeyboardInterrupt):
+            code = -(error.args[0] if error.args else signal.SIGINT)
+    end(code)
+
+
+def stop(number: int, _) -> None:
+    """A signal handler: end like Ctrl-C, and remember the signal."""
+    raise KeyboardInterrupt(number)
+
+
+def end(code: int) -> None:
+    """Exit with a code or, if it is negative, by that signal; without an error, just return."""
+    n_processes = rank_and_count()[1]
     if code == 0:
         leave_processes()
-    # With several processes, torch's threads sometimes abort one that exits in the usual way.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    if code < 0 and os.name != "nt":
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    if n_processes > 1:
+        # torch's threads sometimes abort one of several processes that exits in the usual way.
+        os._exit(code)
+    if code != 0:
+        sys.exit(code)
 
 
 def explain(error: BaseException, then: str = "") -> str | None:
@@ -125,6 +157,6 @@ def explain(error: BaseException, then: str = "") -> str | None:
         return f"the output pipe was closed{then}"
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return message
-    if isinstance(error, RuntimeError) and rank_and_count()[1] > 1:
+    if isinstance(error, dist.DistError) or "gloo" in message:
         return f"another process has ended or hangs ({message:.100}){then}"
     return None

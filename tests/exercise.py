@@ -242,11 +242,22 @@ def empty(source: str, target: str, number: int) -> str:
     )
 
 
+FILES = ("*.py", "*.md", "*.txt", "*.ini", "*.toml", "LICENSE", "data", "tests")
+
+
 def copy(folder: Path) -> None:
-    """Copy the project, without runs and caches, to a folder that does not exist yet. Raises FileExistsError."""
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "venv", "env", "*.partial")
-    # copyfile: files that are read-only here must be writable in the copy.
-    shutil.copytree(ROOT, folder, ignore=ignored, copy_function=shutil.copyfile)
+    """Copy the project's own files to a folder that does not exist yet; the copies can be written.
+
+    Environments, runs and other files of yours are not copied. Raises FileExistsError.
+    """
+    folder.mkdir(parents=True)
+    for pattern in FILES:
+        for path in sorted(ROOT.glob(pattern)):
+            for source in [path] if path.is_file() else sorted(path.rglob("*")):
+                if source.is_file() and "__pycache__" not in source.parts:
+                    target = folder / source.relative_to(ROOT)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, target)
 
 
 def prepare(number: int, folder: Path) -> Exercise:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import schedule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dpo import (
@@ -22,6 +21,7 @@ from dpo import (
     train_dpo,
 )
 from model import T5, T5Config
+from tests.conftest import schedule
 from tokenizer import EOS_ID
 
 CONFIG = T5Config(d_model=32, d_ff=48, n_heads=2, n_layers=2, d_kv=16, vocab_size=48)

@@ -4,7 +4,8 @@ import doctest
 import importlib
 
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 # Functions whose docstring must show an input and its output.
 EXAMPLES = {

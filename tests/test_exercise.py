@@ -6,8 +6,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT
 
+from tests.conftest import ROOT
 from tests.exercise import EXERCISES, copy, empty, prepare
 
 # exercise, file, right, wrong: mistakes that a student could make, and that must not pass.

@@ -5,9 +5,9 @@ import os
 import shutil
 
 import pytest
-from conftest import ROOT
 
 from data.folder import MAY_CHANGE, open_folder, remove_leftovers, write_atomically, write_text
+from tests.conftest import ROOT
 
 BASE = ROOT / "data" / "tiny"
 NUMBERS = {"beta": 0.5, "rounds": 2, "device": "cpu", "out": "runs/x"}

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_decode import QUESTIONS, model, tokenizer  # noqa: F401 (fixtures)
 
 import decode
 import run
@@ -13,6 +12,7 @@ from decode import KVCache, generate
 from dpo import PairExample, pair_loss
 from model import SIZES, T5
 from sft import Example, sft_loss
+from tests.test_decode import QUESTIONS, model, tokenizer  # noqa: F401 (fixtures)
 from tokenizer import EOS_ID
 
 OPTIONS = [

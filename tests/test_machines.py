@@ -1,20 +1,25 @@
 """On any machine, with any files and command line, a run works or says in one sentence what is wrong."""
 
 import random
+import runpy
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
-from test_processes import start
-from test_run import command, hashes, main_in_this_process
 
+import decode
 import run
 from data.problems import Problem, check_leakage, read_jsonl, write_jsonl
 from selftrain import is_correct
+from tests.bench.report import measure
+from tests.conftest import ROOT
+from tests.test_processes import start
+from tests.test_run import command, hashes, main_in_this_process
+from tokenizer import Tokenizer
 
 BRIEF = "--limit 2 --rounds 1 --sft-epochs 1 --dpo-steps 1 --max-new-tokens 20".split()
 SUM = Problem("How many are 2 + 4?", 6.0, "2 + 4 = <<2+4=6>>6\n#### 6")
@@ -146,7 +151,7 @@ def test_leakage_is_found_whatever_unicode_form_a_question_has():
     """The model reads both forms as the same ids."""
     typed, composed = Problem("Zoe\u0308 has ３ pens?", 3.0), Problem("Zoë has 3 pens?", 3.0)
     with pytest.raises(ValueError, match="in the training data"):
-        check_leakage([typed], {"t": [composed]})
+        check_leakage([typed], {"t": [composed]}, Tokenizer(ROOT / "data" / "tiny"))
 
 
 def test_a_question_that_the_model_cannot_read_whole_is_named():
@@ -259,3 +264,128 @@ def test_any_command_line_ends_in_success_or_in_one_sentence(tmp_path, monkeypat
     print(f"{ends[0]} ended well, {ends[2]} in a sentence")
     assert min(ends.values()) > 0
     torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------ how a process ends
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_word():
+    """The first second of every command is spent there; a traceback of twenty lines looks like a fault."""
+    program = (
+        "import builtins, os, signal, sys; real = builtins.__import__\n"
+        "def slow(name, *rest):\n"
+        "    if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = slow\n"
+        "import runpy; sys.argv = [sys.argv[1]]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    for file in ("run.py", "decode.py"):
+        result = subprocess.run(
+            [sys.executable, "-c", program, file], cwd=ROOT, capture_output=True, text=True
+        )
+        assert result.returncode != 0 and result.stderr == "stopped\n", result.stderr
+
+
+def test_a_notebook_can_run_it(monkeypatch, capsys):
+    """Jupyter's stdout is no ordinary stream: it has no `reconfigure`."""
+
+    class OutStream:
+        def __getattr__(self, name):
+            if name == "reconfigure":
+                raise AttributeError(name)
+            return getattr(real, name)
+
+    real = sys.stdout
+    monkeypatch.setattr(sys, "stdout", OutStream())
+    monkeypatch.setattr(sys, "argv", ["decode.py", "Tom has 3 pens. He buys 4 more. How many now?"])
+    runpy.run_path(str(ROOT / "decode.py"), run_name="__main__")  # no SystemExit either
+
+
+def test_optimised_python_runs_it():
+    """With -OO there are no docstrings."""
+    for words in (["run.py", "--help"], ["decode.py", "--help"], ["-m", "data.sources", "--help"]):
+        result = subprocess.run(
+            [sys.executable, "-OO", *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+
+
+def test_an_environment_left_by_a_cluster_is_not_torchruns(tmp_path):
+    """Shells on clusters keep WORLD_SIZE, sometimes empty: a run without torchrun is alone. srun without torchrun
+    would do everything once per task, in one folder."""
+    alone = command(*BRIEF, "--out", tmp_path / "run", WORLD_SIZE="", RANK="3")
+    assert alone.returncode == 0, alone.stderr
+    tasks = command(*BRIEF, "--out", tmp_path / "srun", SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3")
+    assert tasks.returncode == 2 and "srun -n 1 torchrun" in tasks.stderr
+    assert len(tasks.stderr.splitlines()) == 1 and not (tmp_path / "srun").exists()
+
+
+# --------------------------------------------------------------------------- what is typed, and lost
+
+
+def test_a_path_may_begin_with_the_home_folder(monkeypatch, tmp_path):
+    """`--out=~/runs/a` is not expanded by the shell and made a folder called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = "--out=~/a --weights=~/b --labeled=~/c --unlabeled=~/d --test x=~/e".split()
+    config = run.parse_args(words)
+    paths = [config.out, config.weights, config.labeled, config.unlabeled, config.test[0][1]]
+    assert paths == [str(tmp_path / name) for name in "abcde"]
+
+
+def test_a_model_that_has_lost_its_weights_is_named_with_what_keeps_the_rest(usual, tmp_path):
+    """ "Fetch it again" would send the user away from finished stages."""
+    out = tmp_path / "run"
+    shutil.copytree(usual, out)
+    (out / "warm-up" / "sft" / "pytorch_model.bin").unlink()
+    result = command(*BRIEF, "--out", out)
+    assert result.returncode == 2 and "run the same command again" in result.stderr
+    shutil.rmtree(out / "warm-up" / "sft")
+    assert command(*BRIEF, "--out", out).returncode == 0
+    found, before = hashes(out), hashes(usual)
+    for name in before.keys() - {"config.json", "log.jsonl"}:  # the log has the stage at its end
+        assert found[name] == before[name], name
+
+
+def test_a_learning_rate_that_cannot_be_meant_stops_the_run(tmp_path):
+    """`--sft-learning-rate 5` gave a loss of 1434, then hours of rubbish."""
+    result = command("--limit", 60, "--sft-learning-rate", 5, "--out", tmp_path / "run")
+    assert result.returncode == 2 and "lower the learning rate" in result.stderr, result.stderr
+
+
+def test_the_most_frequent_answer_is_beside_the_accuracies(tmp_path):
+    """Of yes and no, half are right by chance: an accuracy means little without it."""
+    rows = []
+    for i, answer in enumerate(["yes"] * 6 + ["no"] * 4):
+        rows.append(
+            {
+                "test": "mine",
+                "calculator": True,
+                "question": str(i),
+                "answer": answer,
+                "correct": [True],
+            }
+        )
+    (tmp_path / "warm-up").mkdir()
+    write_jsonl(rows, tmp_path / "warm-up" / "evaluation.jsonl")
+    table = run.make_table(tmp_path, run.parse_args([]))
+    assert "| always the most frequent answer |  | 60.0 |" in table
+
+
+def test_an_answer_that_was_cut_says_so(monkeypatch, capsys):
+    """Otherwise the model seems to have forgotten its answer."""
+    monkeypatch.setattr(decode, "MAX_NEW_TOKENS", 3)
+    monkeypatch.setattr(decode, "generate", partial(decode.generate, max_new_tokens=3))
+    monkeypatch.setattr(sys, "argv", ["decode.py", "Tom has 3 pens. He buys 4 more. How many now?"])
+    decode.main()
+    assert "(cut at 3 tokens)" in capsys.readouterr().out
+
+
+def test_fewer_rounds_forget_nothing(usual, tmp_path):
+    """`--rounds 0` in a folder that has a round: its results stay in the table and in the report."""
+    out = tmp_path / "run"
+    shutil.copytree(usual, out)
+    words = [*BRIEF]
+    words[words.index("--rounds") + 1] = "0"
+    result = command(*words, "--out", out)
+    assert result.returncode == 0 and "| 1 |" in result.stdout
+    assert any(stage.endswith("round-1") for stage in measure(out))

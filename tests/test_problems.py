@@ -5,15 +5,22 @@ from dataclasses import asdict
 
 import pytest
 
+from calculator import calculate
 from data.problems import (
     Problem,
+    check_data,
     check_leakage,
+    describe,
+    join_gold,
     load_problems,
     read_jsonl,
     same_answer,
     write_jsonl,
 )
+from tests.conftest import ROOT
+from tokenizer import Tokenizer
 
+TINY = Tokenizer(ROOT / "data" / "tiny")
 GOOD = {
     "question": "Tom has 2 bags of 3 apples. How many?",
     "rationale": "2*3 = <<2*3=6>>6 apples\n#### 6",
@@ -245,6 +252,86 @@ def test_blank_lines_byte_order_marks_and_windows_line_ends_are_harmless(tmp_pat
     assert load_text(tmp_path, text, "\r", "   ", text[1:]) == [Problem(row["question"], 6.0)] * 2
 
 
+@pytest.mark.parametrize("answer", ["Rs. 18", "Rs.18", "USD5", "x = 5", "Answer: 12", "approx -3"])
+def test_a_number_with_a_label_is_not_a_word(tmp_path, answer):
+    """Taken for a word it could never be right: models write the number alone. B2 and H2O are words."""
+    with pytest.raises(ValueError, match="line 1.*write the number alone"):
+        load_text(tmp_path, json.dumps({"question": "How much?", "answer": answer}))
+    for word in ("B2", "H2O", "yes"):
+        load_text(tmp_path, json.dumps({"question": "Which?", "answer": word}))
+
+
+@pytest.mark.parametrize("answer", ["123456789012345678", "-1e16", '"#### 9999999999999999"'])
+def test_numbers_that_a_float_cannot_hold_are_refused(tmp_path, answer):
+    """123456789012345678 and ...677 are the same float: a wrong rationale would count as right."""
+    with pytest.raises(ValueError, match="line 1.*up to 1e15"):
+        load_text(tmp_path, f'{{"question": "How many?", "answer": {answer}}}')
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (r'{"question": "q", "answer": 5, "answer": 6}', "occurs twice"),
+        (r'{"question": "What is \frac{1}{2}?", "answer": 5}'.replace("\\\\", "\\"), "backslash with two"),
+        (r'{"query": "How many?", "response": "#### 6"}', "no question, but only query, response"),
+        (r'{"instruction": "How many?", "input": "", "output": "6"}', "instruction, input, output"),
+    ],
+)  # fmt: skip
+def test_silent_conveniences_of_json_are_refused(tmp_path, line, words):
+    """The last of two answers would win, "\\frac" would be a form feed, and other field names would only give
+    "the question must be text"."""
+    with pytest.raises(ValueError, match=f"line 1.*{words}"):
+        load_text(tmp_path, line)
+
+
+def test_fields_that_are_not_used_are_named_once(tmp_path, capsys):
+    """`choices` and `body` hold half of the question in some datasets; the model would never see them."""
+    row = {"question": "Which?", "answer": "B", "choices": ["A", "B"], "body": "A story."}
+    load_text(tmp_path, json.dumps(row), json.dumps(row))
+    assert capsys.readouterr().out.count("these fields are not used: body, choices") == 1
+
+
+def test_the_same_question_in_the_vocabularys_eyes(vocabulary):
+    """A zero-width space or a full-width digit changes the string but not the ids: such a question in training and
+    test is leakage, and such a question in L and U is the same one."""
+    tokenizer = Tokenizer(vocabulary)
+    ours, theirs = (
+        Problem("Zoë has\u200b 3 pens?", 3.0, "#### 3"),
+        Problem("Zoe\u0308 has ３ pens?", 3.0),
+    )
+    assert tokenizer.encode(ours.question) == tokenizer.encode(theirs.question)
+    with pytest.raises(ValueError, match="training data"):
+        check_leakage([ours], {"test": [theirs]}, tokenizer)
+    assert join_gold([theirs], [ours], tokenizer) == [ours]
+
+
+def test_a_question_that_is_in_u_twice_is_used_once():
+    """Its samples depend on seed and text, so both would draw the same ones, and pairs and labels would double."""
+    u = [Problem("How many?", 3.0), Problem("How  many?", 3.0), Problem("How few?", 3.0)]
+    assert join_gold(u, [], TINY) == [u[0], u[2]]
+
+
+def test_two_answers_to_one_question_are_refused():
+    """One of them can never be right."""
+    one, two = Problem("How many?", 3.0), Problem("how many?", 4.0)
+    for sets in (([one, two], [], {}), ([], [one, two], {}), ([], [], {"mine": [one, two]})):
+        with pytest.raises(ValueError, match="twice, with the answers 3.0 and 4.0"):
+            check_data(*sets, TINY, allow_leakage=True)
+
+
+def test_what_the_calculator_will_never_see_or_say_is_counted():
+    """Such data trains a model to read one thing and makes it write another; nothing else would show it."""
+    rationales = [
+        "[ 2 + 3 = 5] 5. [ 2 * 3 = 7] 7. #### 7",
+        "[ two = 2] 2. #### 2",
+        "It is 4. #### 4",
+    ]
+    problems = [Problem("q", 4.0, rationale) for rationale in rationales] + [Problem("p", "yes")]
+    said = describe(problems[:3], problems, TINY, 200, 300, calculate)
+    assert "3 annotations, 1 of them other than the calculator's; 1 rationales have none" in said
+    assert "1 of 4 answers are words" in said
+
+
 def test_missing_and_empty_files_say_what_to_do(tmp_path):
     """With zero problems, training would have no data and divide by zero far from the cause."""
     for name in ("absent.jsonl", "."):
@@ -260,7 +347,7 @@ def test_saved_problems_come_back_equal_and_the_bytes_repeat(tmp_path):
     problems = [
         Problem("¿Cuántas? 5 × 3\u2028", 15.0, "5 × 3 = <<5*3=15>>15\r\n#### 15"),
         Problem('a "b" \\ \t', -0.125),
-        Problem("?", 1e300),
+        Problem("?", 1e15),
     ]
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     write_jsonl(map(asdict, problems), first)
@@ -304,10 +391,10 @@ def test_answers_in_two_forms_of_unicode_are_the_same():
 def test_questions_that_are_trained_on_and_tested_on_are_found():
     """Testing on training questions shows nothing. Case and spaces are ignored."""
     asked, other = Problem("How  many\nnuts?", 5.0), Problem("How many pens?", 5.0)
-    check_leakage([asked, other], {"test": [Problem("How many cups?", 5.0)]})
+    check_leakage([asked, other], {"test": [Problem("How many cups?", 5.0)]}, TINY)
     for trained in ([asked], [other, asked]):
         with pytest.raises(ValueError, match="mine: 1 questions.*training data.*--allow-leakage"):
-            check_leakage(trained, {"mine": [Problem("how many NUTS?", 5.0)]})
+            check_leakage(trained, {"mine": [Problem("how many NUTS?", 5.0)]}, TINY)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT
 
 import run
+from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOORS = {

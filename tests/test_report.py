@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from data.folder import open_folder
 from data.problems import Problem, read_jsonl, write_jsonl
 from run import load_data, parse_args
 from tests.bench import dpo_step, report
+from tests.conftest import ROOT
 from tokenizer import format_rationale
 
 FLAGS = "--rounds 1 --n-labeled 4 --n-unlabeled 6 --n-test 8 --seed 0 --device cpu".split()

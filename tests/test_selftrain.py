@@ -46,6 +46,9 @@ WORDS = SimpleNamespace(
 )  # a tokenizer whose pieces are words
 
 
+PLAIN = SimpleNamespace(sentencepiece=SimpleNamespace(normalize=str))  # for keys of questions
+
+
 def pairs_of(problems, samples, tokenizer=WORDS) -> list[PreferencePair]:
     """The pairs of all questions."""
     found = []
@@ -488,7 +491,7 @@ class Notebook:
 
     def __init__(self, labeled, unlabeled, rounds):
         self.calls, self.names, self.given = [], [], []
-        self.L, self.U = labeled, join_gold(unlabeled, labeled)
+        self.L, self.U = labeled, join_gold(unlabeled, labeled, PLAIN)
         self.config = SimpleNamespace(rounds=rounds, dpo_samples=5, sft_samples=3, st_samples=8)
 
     def note(self, name: str, *call, given=None) -> None:
@@ -626,13 +629,13 @@ def test_a_question_with_another_answer_in_u_is_not_joined_with_l():
     """L says 0 and U says 9 for the same question. If joined, L's rationale would come first among U's
     correct ones and be trained on as one that reaches 9."""
     other = replace(L[0], answer=9.0, rationale=None)
-    assert join_gold([other, *U], L)[0] == other
+    assert join_gold([other, *U], L, PLAIN)[0] == other
 
 
 def test_l_and_u_are_joined_by_the_same_answer_however_it_is_spelled():
     """There is one definition of equal answers: 0.33333 in U equals L's 0.3333, so L's rationale is gold."""
     ours = Problem("a third?", 0.3333, "It is 0.3333. #### 0.3333")
-    assert join_gold([Problem("a third?", 0.33333), *U], [*L, ours])[0] == ours
+    assert join_gold([Problem("a third?", 0.33333), *U], [*L, ours], PLAIN)[0] == ours
 
 
 def test_stages_have_names_of_their_own_and_the_methods_share_the_warm_up():
@@ -687,7 +690,14 @@ class Shelf:
         self.logs = []
         self.folder = path
         self.stages = Experiment(
-            config, L, join_gold(U, L), tests or {}, base, Tokenizer(base), path, self.logs.append
+            config,
+            L,
+            join_gold(U, L, PLAIN),
+            tests or {},
+            base,
+            Tokenizer(base),
+            path,
+            self.logs.append,
         )
 
     def rows(self, name: str) -> list[dict]:

@@ -10,7 +10,6 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import schedule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from data.problems import load_problems
@@ -26,6 +25,7 @@ from sft import (
     token_logps,
     train_sft,
 )
+from tests.conftest import schedule
 from tokenizer import (
     EOS_ID,
     MAX_QUESTION,

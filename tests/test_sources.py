@@ -13,16 +13,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import hear_ctrl_c
 
 from data import sources
 from data.checkpoints import BIN, SAFETENSORS
 from data.problems import load_problems
 from data.sources import DownloadError, fetch_datasets, fetch_flan_t5
+from tests.conftest import hear_ctrl_c
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
+CONFIG = (ROOT / "data" / "tiny" / "config.json").read_bytes()
 GSM8K = b'{"question": "How many?", "answer": "2*3 = <<2*3=6>>6\\n#### 6", "ans": 6.0}\n'
 MULTIARITH = b'[{"sQuestion": " How many? ", "lSolutions": [39.0]}]'
 SVAMP = b'[{"Body": "Tom has 3  pens", "Question": "How many?", "Answer": 3.0}, {"Body": "Two. ", "Question": "Q?", "Answer": 2.0}]'
@@ -128,7 +129,7 @@ def hosts(tmp_path, monkeypatch):
                 index = {"weight_map": {"b": shards[1], "a": shards[0], "c": shards[0]}}
                 server.files[f"{folder}/{weights}.index.json"] = json.dumps(index).encode()
         server.files |= {
-            f"{folder}/config.json": b'{"d_model": 8}',
+            f"{folder}/config.json": CONFIG,
             f"{folder}/spiece.model": b"the vocabulary" * 1000,
         }
     monkeypatch.setattr(sources, "DATASETS", datasets)
@@ -143,7 +144,7 @@ def hosts(tmp_path, monkeypatch):
         "HF_HOME": str(tmp_path / "library"),
     }.items():
         monkeypatch.setenv(name, value)
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     yield server
     server.released.set()
@@ -348,12 +349,50 @@ def test_a_whole_copy_of_the_hub_library_is_used_in_place(hosts, tmp_path, monke
     library = library / {"HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}.get(variable, ".")
     folder = library / f"models--google--flan-t5-base/snapshots/{sources.FLAN_T5['base']}"
     folder.mkdir(parents=True)
-    for name in ("config.json", "spiece.model", "pytorch_model.bin"):
+    for name in ("spiece.model", "pytorch_model.bin"):
         (folder / name).write_text(name)
+    (folder / "config.json").write_bytes(CONFIG)
     assert fetch_flan_t5("base") == folder and hosts.requests == []
     (folder / "pytorch_model.bin").unlink()
     (folder / "pytorch_model.bin").symlink_to(tmp_path / "no blob")
     assert fetch_flan_t5("base") != folder
+
+
+def test_only_the_missing_files_of_a_librarys_copy_are_fetched(hosts, tmp_path):
+    """The library's cache may hold 11 GB of weights but, because another program fetched them, no spiece.model."""
+    folder = (
+        tmp_path / f"library/hub/models--google--flan-t5-base/snapshots/{sources.FLAN_T5['base']}"
+    )
+    folder.mkdir(parents=True)
+    (folder / "pytorch_model.bin").write_text("weights")
+    (folder / "config.json").write_bytes(CONFIG)
+    found = fetch_flan_t5("base")
+    assert [name.rpartition("/")[2] for name in hosts.requests if "storage" not in name] == [
+        "spiece.model"
+    ]
+    assert (found / "pytorch_model.bin").read_text() == "weights"
+    assert files_in(folder) == ["config.json", "pytorch_model.bin"]  # left as it was
+
+
+def test_offline_means_no_request(hosts, monkeypatch):
+    """HF_HUB_OFFLINE=1 is how users promise that nothing is fetched; a time-out per file would break it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for fetch in (fetch_datasets, lambda: fetch_flan_t5("base")):
+        assert "HF_HUB_OFFLINE is set" in refused(fetch)
+    assert hosts.requests == []
+
+
+def test_a_config_that_cannot_be_read_does_not_stay(hosts, tmp_path):
+    """A hotel's login page answers every address with 200. config.json has no known checksum, so its content is
+    checked, and what an older version kept is fetched again."""
+    address = next(name for name in hosts.files if "flan-t5-base" in name and "config" in name)
+    hosts.files[address] = b"<html>log in</html>"
+    assert "not the config.json" in refused(fetch_flan_t5, "base")
+    assert not list(tmp_path.rglob("config.json"))
+    hosts.files[address] = CONFIG
+    folder = fetch_flan_t5("base")
+    (folder / "config.json").write_text("<html>log in</html>")
+    assert (fetch_flan_t5("base") / "config.json").read_bytes() == CONFIG
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
@@ -439,6 +478,7 @@ def test_an_address_may_end_in_a_slash(hosts, monkeypatch):
 def test_the_real_sources_become_the_real_datasets(hosts, tmp_path, monkeypatch):
     """With the real checksums and files, the result equals the paper's datasets byte for byte."""
     monkeypatch.undo()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for name, value in {
         "DPO_ST_GITHUB": hosts.url,
         "no_proxy": "127.0.0.1",

@@ -9,7 +9,8 @@ import sys
 import termios
 
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 SHORT = "--rounds 1 --limit 24 --sft-epochs 12 --dpo-steps 3 --max-new-tokens 60".split()
 

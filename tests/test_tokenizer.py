@@ -6,6 +6,8 @@ import unicodedata
 
 import pytest
 
+from decode import RowState, Sample
+from tests.conftest import ROOT
 from tokenizer import EOS_ID, PAD_ID, UNKNOWN_ID, Tokenizer, format_rationale, pad_batch
 
 EXAMPLE = (
@@ -202,11 +204,13 @@ def by_the_rules(raw: str) -> str:
 
 
 def test_gsm8k_follows_the_rules_but_for_mapped_signs(raw, formatted):
-    """The rules alone give at least 98 % of the real rationales; the others have a sign that T5 does not know."""
+    """The rules alone give at least 98 % of the real rationales; the others have a sign that T5 does not know, or a
+    negative number after `=`."""
     mapped = [text for text, ours in zip(raw, formatted) if ours != by_the_rules(text)]
     assert len(mapped) <= 0.02 * len(raw)
-    assert all(re.search("[×÷−½¼¾`]", text) for text in mapped), [
-        t for t in mapped if not re.search("[×÷−½¼¾`]", t)
+    departures = "[×÷−½¼¾`]|=-"
+    assert all(re.search(departures, text) for text in mapped), [
+        t for t in mapped if not re.search(departures, t)
     ][:2]
 
 
@@ -247,3 +251,49 @@ def test_formatting_twice_changes_nothing(formatted):
     ]
     assert len(settled) > 0.9 * len(formatted)
     assert all(format_rationale(text.replace(" ####", "\n####")) == text for text in settled)
+
+
+@pytest.mark.parametrize(
+    "raw, formatted",
+    [
+        ("384-402=<<384-402=-18>>-18", "384 - 402 = [ 384 - 402 = -18] -18."),
+        ("5*(-3)=<<5*(-3)=-15>>-15", "5 * ( - 3) = [ 5 * ( - 3) = -15] -15."),
+    ],
+)
+def test_what_is_read_after_the_equals_sign_is_what_the_calculator_writes(raw, formatted):
+    """Invariant: the ids after `=` in a training text are those that the calculator forces. The authors' pattern
+    puts a space into negative results, so that the model is trained to read other ids than it is made to write."""
+    assert format_rationale(raw) == formatted
+    assert forced_ids_are_read(formatted, Tokenizer(ROOT / "data" / "tiny")) == (1, 1)
+
+
+def forced_ids_are_read(text: str, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Assert that wherever the calculator agrees with a text, it would force the text's own ids; count these places,
+    and those with a negative result."""
+    ids = tokenizer.encode(text)[:-1]
+    state = RowState(tokenizer, True, Sample(), [0.0] * len(ids))
+    n = n_negative = 0
+    for at, i in enumerate(ids, start=1):
+        state.queue.clear()
+        state.take(i)
+        forced = list(state.queue)
+        result = tokenizer.decode(forced)
+        if forced and tokenizer.decode(ids[at:]).startswith(result):
+            assert ids[at : at + len(forced)] == forced, text
+            n += 1
+            n_negative += "-" in result
+    return n, n_negative
+
+
+def test_the_ids_after_every_equals_sign_of_gsm8k_are_the_calculators(formatted, tokenizer):
+    """The same on real text: wherever the annotation is the calculator's text, the ids are the calculator's."""
+    counts = [forced_ids_are_read(text, tokenizer) for text in formatted]
+    n, n_negative = map(sum, zip(*counts))
+    assert n > 20_000 and n_negative >= 3
+
+
+def test_only_line_ends_end_a_line():
+    """U+2028 and a form feed inside a sentence would otherwise put a full stop into it; Windows' line ends would
+    leave a sign behind."""
+    assert format_rationale("It is\u2028 5\x0b nuts\n#### 5") == "It is\u2028 5\x0b nuts. #### 5"
+    assert format_rationale("It is 5\r\n#### 5\r\n") == "It is 5. #### 5"

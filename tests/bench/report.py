@@ -209,7 +209,8 @@ def measure(folder: Path) -> dict[str, dict[str, dict]]:
     tokenizer = Tokenizer(folder / "warm-up" / "sft")
     stages = ["warm-up"]
     for method in NAMES:
-        for number in range(1, config.rounds + 1):
+        n_rounds = len(list((folder / method).glob("round-*")))
+        for number in range(1, n_rounds + 1):
             stages.append(f"{method}/round-{number}")
     found = {}
     for stage in stages:

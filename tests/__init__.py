@@ -1,0 +1,1 @@
+"""Tests, exercises and benchmarks."""
