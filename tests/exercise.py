@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.terminal import run_command
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -286,7 +288,6 @@ def main() -> None:
         help="a new folder; default: exercise-NUMBER next to this project",
     )
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # print ? instead of crashing
     if args.number is None:
         return print(
             *(f"{n:2}  {e.title} ({e.file}, {e.time})" for n, e in enumerate(EXERCISES, 1)),
@@ -319,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

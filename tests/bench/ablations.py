@@ -21,6 +21,7 @@ import run
 import selftrain
 from data.folder import open_folder
 from data.problems import read_jsonl
+from data.terminal import run_command
 from dpo import PairExample
 from model import T5
 from sft import Example, Schedule, sft_loss, train
@@ -141,7 +142,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=list(FLAGS), choices=FLAGS)
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # ± is not in every encoding
     for seed in args.seeds:
         last = usual_folder(seed) / f"dpo-st/round-{args.rounds}" / "evaluation.jsonl"
         if not last.exists():
@@ -157,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

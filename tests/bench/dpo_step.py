@@ -9,13 +9,13 @@ question of U, without gold rationales. Runs that differ in the seed are merged.
 
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from data.problems import Problem, read_jsonl
+from data.terminal import run_command
 from run import load_data
 from selftrain import Experiment
 from tests.bench.report import (
@@ -95,14 +95,10 @@ def main() -> None:
     parser.add_argument("--problems", type=int, help="the first N of dev (all)")
     parser.add_argument("--out", type=Path, help="of the picture (none)")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # ± is not in every encoding
     torch.set_flush_denormal(True)
     if config_of(args.runs[0]).size == "tiny":
         torch.set_num_threads(1)
-    try:
-        found = [measure_step(folder, args.round, args.problems) for folder in args.runs]
-    except (OSError, ValueError) as error:
-        sys.exit(f"dpo_step: {error}")
+    found = [measure_step(folder, args.round, args.problems) for folder in args.runs]
     rows = []
     for number, name in enumerate(NAMES):
         before = [run["before"][number] for run in found]
@@ -115,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from calculator import calculate
 from data.problems import load_problems
+from data.terminal import run_command
 from tokenizer import MAX_QUESTION, MAX_RATIONALE, UNKNOWN_ID, Tokenizer, format_rationale
 
 
@@ -67,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

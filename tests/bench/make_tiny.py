@@ -25,6 +25,7 @@ from torch import nn
 
 from data.problems import Problem
 from data.synthetic import FAMILIES, make_problems, make_tests
+from data.terminal import run_command
 from model import SIZES, T5, Attention, relative_position_bucket, save_flan_t5
 from sft import Example, Schedule, train_sft
 from tokenizer import Tokenizer, format_rationale
@@ -201,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -23,6 +23,7 @@ from calculator import calculate
 from data.folder import MAY_CHANGE, read_run_config
 from data.problems import Problem, read_jsonl
 from data.results import accuracies
+from data.terminal import run_command
 from selftrain import MAX_SIMILARITY, extract_answer, jaccard, make_pseudo_labels, pass_at_k
 from tokenizer import Tokenizer, format_rationale
 
@@ -539,7 +540,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, help="of the pictures (figures/ in the first folder)")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # ± is not in every encoding
     folders = usable(args.runs)
     if not folders:
         sys.exit("report: nothing to report: give folders of runs")
@@ -558,4 +558,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from data.problems import load_problems
 from data.processes import rank_and_count, share_work, start_processes
 from data.synthetic import make_problems
+from data.terminal import run_command
 from decode import generate
 from dpo import PairExample, PreferencePair, make_pair_examples, train_dpo
 from model import SIZES, T5, load_flan_t5, save_flan_t5
@@ -297,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
