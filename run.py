@@ -84,8 +84,8 @@ NUMBERS = {
         ("--max-grad-norm", positive, Schedule.max_grad_norm, "clips gradients [appendix A]"),
     ],
     "memory and speed [our choice]": [
-        ("--micro-batch-tokens", count, Schedule.micro_batch_tokens, "tokens per training pass"),
-        ("--decode-batch-size", count, 96, "rationales decoded at a time"),
+        ("--micro-batch-tokens", count, Schedule.micro_batch_tokens, "training pass; GPU: 8192"),
+        ("--decode-batch-size", count, 96, "rationales decoded at a time; GPU: 512"),
         ("--log-every", count, Schedule.log_every, "steps between two logged lines"),
     ],
     "generated problems of --size tiny [our choice]": [
@@ -94,6 +94,7 @@ NUMBERS = {
         ("--n-test", count, 500, "held-out problems; other tests have a quarter as many"),
     ],
 }
+GPU = {"micro_batch_tokens": 8192, "decode_batch_size": 512}  # instead of the CPU's defaults
 TINY = {  # DIFFERS: for --size tiny these numbers are our choice; its model has no dropout
     "method": "both",
     "rounds": 2,
@@ -131,11 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="Algorithm 2, 1, or both (dpo-st)",
     )
     add("--out", default="", help="output folder (runs/[own-]SIZE-seed-SEED)")
-    add(
-        "--weights",
-        default="",
-        help="your own checkpoint; --size still sets the defaults",
-    )
+    add("--weights", default="", help="your own checkpoint; --size still sets the defaults")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--bf16", action="store_true", help="compute in bf16 (always on a GPU)")
     add(
@@ -147,12 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("your own problems (JSONL)")
     add = group.add_argument
     add("--labeled", default="", metavar="FILE", help="problems with rationales")
-    add(
-        "--unlabeled",
-        default="",
-        metavar="FILE",
-        help="problems with answers only",
-    )
+    add("--unlabeled", default="", metavar="FILE", help="problems with answers only")
     test = {"action": "append", "default": [], "type": named_file, "metavar": "NAME=FILE"}
     add("--test", **test, help="a test set; may be repeated")
     add("--allow-leakage", action="store_true", help="allow test questions in the training data")
@@ -167,7 +159,10 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line -> the settings of a run."""
     parser = make_parser()
-    if parser.parse_known_args(argv)[0].size == "tiny":  # the size decides the defaults
+    known = parser.parse_known_args(argv)[0]  # device and size decide the defaults
+    if known.device == "cuda":
+        parser.set_defaults(**GPU)
+    if known.size == "tiny":
         parser.set_defaults(**TINY)
     config = parser.parse_args(argv)
     config.bf16 = config.bf16 or config.device == "cuda"

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -86,6 +87,10 @@ def check_files(parser: argparse.ArgumentParser, config: argparse.Namespace) -> 
         parser.error("--test NAME=FILE: give each name once")
 
 
+# What torch says on a CPU, in cuBLAS, and where memory ends while a CUDA graph is recorded.
+OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|ALLOC_FAILED|out of memory|error during capture")
+
+
 def run_command(main: Callable[[], None], then: str = "") -> None:
     """Run main() as a program.
 
@@ -145,8 +150,7 @@ def end(code: int) -> None:
 def explain(error: BaseException, then: str = "") -> str | None:
     """One sentence for an error that a user can cause or fix, None for a fault of this program."""
     message = " ".join(str(error).split())
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if out_of_memory or "DefaultCPUAllocator" in message:  # torch's words on a CPU
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(message):
         return (
             "out of memory: lower --micro-batch-tokens (training) or --decode-batch-size "
             f"(sampling){then}"

@@ -1,4 +1,4 @@
-"""What differs on a GPU: the recorded step, bf16, other kernels. Without a GPU only the first test runs."""
+"""What differs on a GPU: the recorded step, bf16, other kernels. Without a GPU only the tests without the mark run."""
 
 import copy
 from functools import partial
@@ -8,10 +8,12 @@ import torch
 
 import decode
 import run
+from data.terminal import explain
 from decode import KVCache, generate
 from dpo import PairExample, pair_loss
 from model import SIZES, T5
 from sft import Example, sft_loss
+from tests.bench import gpu as bench
 from tests.test_decode import QUESTIONS, model, tokenizer  # noqa: F401 (fixtures)
 from tokenizer import EOS_ID
 
@@ -31,6 +33,35 @@ def test_a_step_never_looks_at_a_number():
         cache = KVCache(net, 5, 40, 17)
         logits = net.step(torch.zeros(5, dtype=torch.long), cache)
     assert logits.shape == (5, SIZES["base"].vocab_size) and cache.own.is_meta
+
+
+def test_the_gpu_bench_has_no_typing_errors(capsys, tmp_path):
+    """A GPU is rarely at hand, so its bench must not fail on its first line there: on a CPU it runs all rows that can
+    run, at --size tiny."""
+    bench.main(["--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "FAILED" not in said and "three rounds" in said and "times as fast" in said, said
+    assert (tmp_path / "figure-4.svg").exists()
+
+
+def test_a_gpu_has_its_own_defaults(monkeypatch):
+    """The CPU's 96 rationales and 2,048 tokens leave a GPU waiting for its next kernel. A flag still counts, and
+    --help states both numbers."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = run.parse_args(["--size", "base"])
+    assert (config.micro_batch_tokens, config.decode_batch_size) == (8192, 512)
+    config = run.parse_args(["--size", "base", "--device", "cpu", "--decode-batch-size", "7"])
+    assert (config.micro_batch_tokens, config.decode_batch_size) == (2048, 7)
+    words = run.make_parser().format_help()
+    assert all(f"GPU: {number}" in words for number in run.GPU.values())
+
+
+def test_running_out_of_memory_while_a_step_is_recorded_names_the_flag():
+    """torch reports it in other words then; a fault of the program keeps its traceback."""
+    message = "CUDA error: operation failed due to a previous error during capture"
+    assert "--decode-batch-size" in explain(RuntimeError(message))
+    assert "--decode-batch-size" in explain(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert explain(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
 
 
 @pytest.fixture
