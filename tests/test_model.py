@@ -345,7 +345,10 @@ def same_shape_as(transformers, **numbers):
         **numbers,
     )
     torch.manual_seed(0)
-    net = disturb(transformers.T5ForConditionalGeneration(config)).eval()
+    net = transformers.T5ForConditionalGeneration(config)
+    head = net.lm_head.weight.detach().clone()  # release 5 ties the head of what a config builds
+    net.lm_head.weight = torch.nn.Parameter(head)
+    net = disturb(net).eval()
     net.lm_head.weight.data.mul_(0.1)
     return net
 
@@ -439,10 +442,8 @@ def test_the_public_library_loads_what_we_save(pair, batch, tmp_path):
         and not report["unexpected_keys"]
         and not report["mismatched_keys"]
     )
-    assert (
-        back.config.tie_word_embeddings is False
-        and back.config.dropout_rate == theirs.config.dropout_rate
-    )
+    tied = getattr(back.config, "scale_decoder_outputs", back.config.tie_word_embeddings)
+    assert tied is False and back.config.dropout_rate == theirs.config.dropout_rate
     input_ids, mask, labels = batch
     expected = theirs(input_ids=input_ids, attention_mask=mask, labels=labels).logits
     assert torch.equal(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -172,3 +173,38 @@ def test_a_fault_of_one_is_told_once(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "no/such/folder" in output
     assert own_tracebacks(output) == 0, output
+
+
+def test_the_job_for_a_cluster_stops_requeues_and_continues(tmp_path):
+    """The job in data/README.md, with two processes in place of eight GPUs and a queue that only takes notes: bash
+    accepts it, SIGTERM ends the run in one sentence, the job is queued again, and the next one continues."""
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    job = text.partition("```bash\n")[2].partition("```")[0]
+    assert job.count("#SBATCH") == 8 and "run.py --size large --rounds 3" in job
+    brief = " ".join(RUN).replace("--sft-epochs 30", "--sft-epochs 6")
+    torchrun = f"{shlex.join(TORCHRUN)} 2 {brief}"
+    job = job.replace(
+        "torchrun --nproc-per-node 8 run.py --size large --rounds 3", torchrun
+    ).replace("runs/large", str(tmp_path / "run"))
+    (tmp_path / "job").write_text(job)
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\necho $* > {tmp_path}/queued\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    assert subprocess.run(["bash", "-n", tmp_path / "job"]).returncode == 0
+    environment = ENVIRONMENT | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "1",
+        "SLURM_STEP_NUM_TASKS": "1",
+    }
+    options = {"cwd": ROOT, "env": environment, "text": True, "stdout": subprocess.PIPE}
+    first = subprocess.Popen(["bash", str(tmp_path / "job")], stderr=subprocess.STDOUT, **options)
+    deadline = time.time() + 90
+    while not (tmp_path / "run" / "log.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    output, _ = first.communicate(timeout=60)
+    assert (tmp_path / "queued").read_text() == "requeue 7\n", output
+    assert "stopped; the same command continues" in output, output
+    assert f'{ROOT}/run.py", line' not in output  # torchrun shows a traceback of its own
+    second = subprocess.run(["bash", str(tmp_path / "job")], timeout=200, **options)
+    assert "| DPO-ST | 1 |" in second.stdout

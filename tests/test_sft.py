@@ -235,7 +235,10 @@ def test_the_loss_equals_the_public_library_on_real_text(shared):
     examples = make_examples(problems, Tokenizer(folder))
     input_ids, attention_mask, labels = collate(examples)
     with torch.no_grad():
-        oracle = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+        oracle = transformers.T5ForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32
+        )
+        oracle = oracle.eval()
         expected = oracle(
             input_ids=input_ids, attention_mask=attention_mask, labels=labels
         ).loss.item()
