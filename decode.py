@@ -5,8 +5,8 @@ next rationale takes the slot at once. (A slot is a place in the batch; its row 
 that is now in it.) After `[ expression =` the calculator's digits and `]` are
 forced into the rationale. Left out: beam search, and the arithmetic itself (calculator.py).
 
-    python decode.py                                        # watch an answer; one slot against 32
-    python decode.py [--checkpoint DIR] "question" ...
+    python decode.py                                    # one answer; one slot against 32
+    python decode.py [--checkpoint DIR] [--samples N] [--temperature T] "question" ...
 """
 
 import data  # noqa: F401 (first: Ctrl-C while torch is imported is one word, not a traceback)
@@ -15,7 +15,7 @@ import data  # noqa: F401 (first: Ctrl-C while torch is imported is one word, no
 import argparse
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from calculator import calculate
 from data.checkpoints import check_vocabulary
 from data.problems import readable
-from data.terminal import progress, run_command
+from data.terminal import between, progress, run_command
 from model import MASKED, START_ID, T5, load_flan_t5, padding_bias
 from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 
@@ -343,9 +343,6 @@ def fast_step(model: T5, cache: KVCache) -> Callable[[Tensor], Tensor]:
     return step
 
 
-# ----------------------------------------------------------------------------------- demonstration
-
-
 def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
     """The rationale's text, with the calculator's tokens between « and »."""
     text = ""
@@ -357,38 +354,41 @@ def mark_forced(tokenizer: Tokenizer, sample: Sample) -> str:
 
 def main() -> None:
     tiny = Path(__file__).resolve().parent / "data" / "tiny"
-    parser = argparse.ArgumentParser(description="Ask a model a question.")
-    parser.add_argument("question", nargs="*", help="in quotes; none: a demonstration")
-    parser.add_argument(
-        "--checkpoint",
-        default=tiny,
-        type=expanduser,
-        help="a folder (default: data/tiny, not fine-tuned)",
-    )
+    parser = argparse.ArgumentParser(description="Ask a model questions.")
+    add = parser.add_argument
+    add("question", nargs="*", help="in quotes; none: a demonstration")
+    add("--checkpoint", default=tiny, type=expanduser, help="a folder (data/tiny, not fine-tuned)")
+    add("--samples", type=between(1, 1000, int), default=1, metavar="N", help="per question (1)")
+    temperature = "of sampling (0.7; a single sample is greedy)"
+    add("--temperature", type=between(0, 100), metavar="T", help=temperature)
+    add("--no-calculator", dest="calculator", action="store_false", help="the model computes")
     args = parser.parse_args()
+    if args.temperature is None:
+        args.temperature = 0.7 if args.samples > 1 else 0.0
     torch.set_flush_denormal(True)
     model, tokenizer = load_flan_t5(args.checkpoint), Tokenizer(args.checkpoint)
     if model.config.d_model < 256:
         torch.set_num_threads(1)  # two threads are slower at this size
     check_vocabulary(args.checkpoint, model.config.vocab_size, tokenizer.vocab_size)
-    for question in args.question:
+    example = "Tom has 6 boxes with 24 shells in each. How many shells does he have?"
+    for question in args.question or [example]:
         question = readable(question, tokenizer, MAX_QUESTION)
-        [[sample]] = generate(model, tokenizer, [question])
-        print(f"{question}\n  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}")
-        if not sample.finished:
-            print(f"  (cut at {MAX_NEW_TOKENS} tokens)")
+        [samples] = generate(
+            model, tokenizer, [question], args.samples, args.temperature, calculator=args.calculator
+        )
+        print(question)
+        for sample in samples:
+            cut = "" if sample.finished else f" (cut at {MAX_NEW_TOKENS} tokens)"
+            print(f"  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}{cut}")
+        if len(samples) > 1:
+            answers = Counter(sample.text.rpartition("####")[2].strip() for sample in samples)
+            [(answer, n)] = answers.most_common(1)
+            print(f"  {n} of {len(samples)} samples end in #### {answer}")
     if args.question:
         return
-    question = "Tom has 6 boxes with 24 shells in each. How many shells does he have?"
-    [[sample]] = generate(model, tokenizer, [question])
-    print(question)
-    for word in mark_forced(tokenizer, sample).split(" "):
-        print(word, end=" ", flush=True)
-        time.sleep(0.15)  # slow enough to watch
-    print()
     for n in (1, 32):
         began = time.perf_counter()
-        samples = generate(model, tokenizer, [question] * n)
+        samples = generate(model, tokenizer, [example] * n)
         n_tokens = sum(len(sample.ids) for [sample] in samples)
         print(f"{n:2} at a time: {n_tokens / (time.perf_counter() - began):,.0f} tokens/s")
 

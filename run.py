@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from os.path import relpath
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ from data.checkpoints import check_vocabulary
 from data.folder import log_record, open_folder
 from data.problems import Problem, check_data, describe, join_gold, load_problems
 from data.processes import from_process_0, rank_and_count, start_processes
-from data.results import make_table
+from data.results import conclude
 from data.sources import fetch_datasets, fetch_flan_t5
 from data.synthetic import make_datasets
-from data.terminal import between, check_files, named_file, run_command, say
+from data.terminal import between, check_files, named_file, plan_stages, run_command, say
 from decode import MAX_NEW_TOKENS, TOP_K
 from model import SIZES, read_config
 from selftrain import MAX_SIMILARITY, N_PAIRS, PERCENTILE, Experiment, is_correct, self_train
@@ -133,6 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--out", default="", help="output folder (runs/[own-]SIZE-seed-SEED)")
     add("--weights", default="", help="your own checkpoint; --size still sets the defaults")
+    add("--warm-up", default="", metavar="RUN", help="take the warm-up from a run of the same kind")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--bf16", action="store_true", help="compute in bf16 (always on a GPU)")
     add(
@@ -251,12 +253,14 @@ def main() -> None:
         log = partial(log_record, folder / "log.jsonl")
         experiment = Experiment(config, labeled, unlabeled, tests, base, tokenizer, folder, log)
         methods = ("st", "dpo-st") if config.method == "both" else (config.method,)
+        plan_stages(self_train, config, methods)
         for method in methods:
             model = self_train(experiment, method)
-        say(f"\n{from_process_0(lambda: make_table(folder, config))}")
-    say(f"{time.perf_counter() - began:,.0f} s. Ask the last model:")
-    words = ["python", str(HERE / "decode.py"), "--checkpoint", str(model)]
-    say(f'{shlex.join(words)} "QUESTION"')
+        say("\n" + from_process_0(lambda: conclude(folder, config, calculate)))
+    decode = relpath(HERE / "decode.py")
+    say(f"{time.perf_counter() - began:,.0f} s. All tables and pictures; ask the last model:")
+    say(f"python -m tests.bench.report {shlex.quote(str(folder))}")
+    say(f'python {shlex.quote(decode)} --checkpoint {shlex.quote(str(model))} "QUESTION"')
 
 
 if __name__ == "__main__":

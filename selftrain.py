@@ -25,7 +25,7 @@ from data.problems import Problem, same_answer, write_jsonl
 from data.processes import from_process_0, share_work
 from data.results import accuracies, read_samples
 from data.synthetic import make_problems
-from data.terminal import run_command
+from data.terminal import STAGES, run_command, say_record
 from decode import Sample, generate, mark_forced
 from dpo import PreferencePair, make_pair_examples, train_dpo
 from model import T5, load_flan_t5, save_flan_t5
@@ -244,7 +244,8 @@ class Experiment:
         """
         path = self.folder / name
         if not from_process_0(partial(is_finished, path)):
-            result = make()
+            with STAGES.stage(name):
+                result = make()
             from_process_0(partial(write_atomically, path, partial(write, result)))
         return path
 
@@ -411,13 +412,9 @@ def main() -> None:
     L = []
     for problem in make_problems(64, seed=0, steps=(2, 3)):
         L.append(replace(problem, rationale=format_rationale(problem.rationale)))
-
-    def print_loss(record: dict) -> None:
-        print(f"{record['stage']}, step {record['step']}: loss {record['loss']:.3f}")
-
     schedule = Schedule(peak_rate=1e-3, batch_size=8, seed=0)
     examples = make_examples(L, tokenizer)
-    model = train_sft(load_flan_t5(folder), examples, 3, schedule, "f' = SFT(f, L)", print_loss)
+    model = train_sft(load_flan_t5(folder), examples, 3, schedule, "f' = SFT(f, L)", say_record)
 
     question = (
         "Felix bakes 74 cookies on Monday and 44 on Friday. The dog eats 16 cookies. "

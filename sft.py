@@ -210,18 +210,12 @@ def main() -> None:
     rationale = "Ben has 2 + 3 = [ 2 + 3 = 5] 5 coins. #### 5"
     input_ids, mask = pad_batch([tokenizer.encode(question)])
     labels, _ = pad_batch([tokenizer.encode(rationale)])
-    inputs = shift_right(labels)
     with torch.no_grad():
         logps = token_logps(model, model.encode(input_ids, mask), mask, labels)[0]
-        choices = model(input_ids, mask, inputs)[0].argmax(-1)
     print(f"{question}\nEach token of the rationale, after the one before it:")
-    for before, target, choice, logp in zip(inputs[0], labels[0], choices, logps):
-        piece = tokenizer.piece(target.item()) or "</s>"
-        before = tokenizer.piece(before.item())
-        print(f"  after {before!r:>8} -> {piece!r:<8} log p = {logp:8.4f}", end="")
-        if choice != target:
-            print(f"   (the model would write {tokenizer.piece(choice.item())!r})", end="")
-        print()
+    for before, target, logp in zip(shift_right(labels)[0].tolist(), labels[0].tolist(), logps):
+        piece = tokenizer.piece(target) or "</s>"
+        print(f"  after {tokenizer.piece(before)!r:>8} -> {piece!r:<8} log p = {logp:8.4f}")
     print(f"loss (eq. 2) = -({logps.sum():.4f}) / {len(logps)} tokens = {-logps.mean():.4f}")
     print(
         "Only the result after `[ 2 + 3 =` is improbable. The calculator will write it (decode.py)."

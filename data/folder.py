@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data.checkpoints import BIN, weight_files
 from data.processes import from_process_0, rank_and_count
-from data.terminal import say
+from data.terminal import say, say_record
 
 MAY_CHANGE = {  # when a run is continued: how much is run, and where it is computed
     "rounds",
@@ -26,10 +26,16 @@ MAY_CHANGE = {  # when a run is continued: how much is run, and where it is comp
     "decode_batch_size",
     "log_every",
     "out",
+    "warm_up",
     "weights",  # the folder may move; its content may not change
     "labeled",
     "unlabeled",
     "test",
+}
+AFTER_WARM_UP = {  # flags that the warm-up does not depend on
+    *("dpo_samples", "sft_samples", "st_samples", "temperature", "top_k", "calculator"),
+    *("max_similarity", "n_pairs", "percentile"),
+    *("dpo_steps", "dpo_learning_rate", "dpo_batch_size", "beta"),
 }
 OURS = ("warm-up", "st", "dpo-st", "log.jsonl", "results.json", "results.md")
 
@@ -69,6 +75,8 @@ def open_folder(folder: Path, config: dict, problems: object, base: Path) -> Ite
         check_settings(folder, config, problems, base)
         remove_leftovers(folder)
         drop_unfinished(folder)
+        if config.get("warm_up") and not (folder / "warm-up").exists():
+            copy_warm_up(Path(config["warm_up"]), folder)
 
     if rank_and_count()[0] > 0:
         from_process_0(begin)  # waits for process 0
@@ -125,10 +133,35 @@ def check_settings(folder: Path, config: dict, problems: object, base: Path) -> 
                     f"{folder} holds a run with {there}: use the same, or choose another --out"
                 )
     else:
+        if config.get("warm_up"):
+            check_warm_up(Path(config["warm_up"]), config)
         for name in OURS:
             if (folder / name).exists():
                 raise ValueError(f"{folder / name} was not made by a run: choose another --out")
     write_text(json.dumps(config, indent=2) + "\n", path)
+
+
+def check_warm_up(other: Path, config: dict) -> None:
+    """Raise ValueError unless the other run's warm-up is what this run's would be."""
+    if not (other / "warm-up" / "evaluation.jsonl").exists():
+        raise ValueError(f"--warm-up {other}: there is no run with a finished warm-up")
+    theirs = read_run_config(other / "config.json")
+    for name in config:
+        known = name in MAY_CHANGE or name in AFTER_WARM_UP
+        if not known and theirs.get(name) != config[name]:
+            raise ValueError(
+                f"--warm-up {other}: that run differs in {name.replace('_', '-')} "
+                f"({theirs.get(name)!s:.20}, not {config[name]!s:.20}): leave --warm-up out"
+            )
+
+
+def copy_warm_up(other: Path, folder: Path) -> None:
+    """Copy a finished warm-up with its log; whatever interrupts it, nothing is half copied."""
+    lines = (other / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    warm_up = [line for line in lines if line.startswith('{"stage": "warm-up/')]
+    write_text("".join(warm_up), folder / "log.jsonl")
+    write_atomically(folder / "warm-up", lambda path: shutil.copytree(other / "warm-up", path))
+    say(f"The warm-up is that of {other}")
 
 
 def read_run_config(path: Path) -> dict:
@@ -176,10 +209,7 @@ def is_finished(path: Path) -> bool:
 
 def log_record(path: Path, record: dict) -> None:
     """In process 0, print a record as one line and append it to log.jsonl."""
-    words = []
-    for key, value in record.items():
-        words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
-    say("  ".join(words))
+    say_record(record)
     if rank_and_count()[0] == 0:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

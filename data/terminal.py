@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,21 +17,104 @@ from tqdm import tqdm
 
 from data.processes import leave_processes, rank_and_count
 
+# ----------------------------------------------------------------------------- progress of a run
+
+
+class Plan:
+    """Takes the place of an Experiment in `self_train`, and only notes the names of the stages."""
+
+    def __init__(self, config: argparse.Namespace):
+        self.config = config
+        self.L: list = []
+        self.names: list[str] = []
+
+    def __getattr__(self, step: str) -> Callable:
+        def note(name: str, *_) -> list:
+            self.names.append(name)
+            return []
+
+        return note
+
+
+class Stages:
+    """Which stage of how many a run is in, and how long the rest will take."""
+
+    def __init__(self):
+        self.names: list[str] = []  # all, in order; empty: no plan
+        self.seconds: dict[str, list[float]] = {}  # of the stages made so far, by kind
+        self.current = ""
+
+    def label(self, name: str) -> str:
+        """`3/16 ` for the third of sixteen stages; nothing without a plan."""
+        name = name if name in self.names else self.current
+        return f"{self.names.index(name) + 1}/{len(self.names)} " if name in self.names else ""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the making of a stage's result."""
+        self.current = name
+        began = time.monotonic()
+        yield
+        self.seconds.setdefault(Path(name).name, []).append(time.monotonic() - began)
+
+    def left(self) -> str:
+        """`, 12 min left` after a stage, once every kind of stage has been timed; else nothing."""
+        if self.current not in self.names:
+            return ""
+        rest = [Path(name).name for name in self.names[self.names.index(self.current) + 1 :]]
+        if not rest or not all(kind in self.seconds for kind in rest):
+            return ""
+        seconds = sum(sum(self.seconds[kind]) / len(self.seconds[kind]) for kind in rest)
+        return f", {seconds / 60:.0f} min left" if seconds >= 60 else f", {seconds:.0f} s left"
+
+
+STAGES = Stages()
+
+
+def plan_stages(self_train: Callable, config: argparse.Namespace, methods: Iterable[str]) -> None:
+    """Find the names of all stages by going through the algorithms without doing anything."""
+    plan = Plan(config)
+    for method in methods:
+        self_train(plan, method)
+    STAGES.names = list(dict.fromkeys(plan.names))
+
+
+def say_record(record: dict) -> None:
+    """Print a record of a log as one line."""
+    words = []
+    for key, value in record.items():
+        words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    left = "" if "step" in record else STAGES.left()  # after a stage's last line
+    say(STAGES.label(record["stage"]) + "  ".join(words) + left)
+
+
+class Lines:
+    """For tqdm: where there is no terminal, each refresh of a bar becomes a line on stdout."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), flush=True)
+
+    def flush(self) -> None:
+        pass
+
 
 def progress(items: Iterable, title: str | None, unit: str) -> tqdm:
-    """A progress bar over sized items: on a terminal, in process 0, if it has a title.
+    """A progress bar over sized items in process 0, if it has a title.
 
-    It disappears when it is closed or exhausted.
+    On a terminal it disappears when it is closed or exhausted; in a file it is a line a minute.
     """
-    hidden = title is None or rank_and_count()[0] > 0
-    # None: tqdm shows the bar on a terminal and hides it in a file.
+    options = {}
+    if not sys.stderr.isatty():
+        options = {"file": Lines(), "delay": 60, "mininterval": 60, "maxinterval": 60}
     return tqdm(
         items,
-        title,
+        title and STAGES.label(title) + title,
         unit=unit,
         leave=False,
-        disable=True if hidden else None,
+        disable=title is None or rank_and_count()[0] > 0,
         bar_format="{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} [{elapsed}<{remaining}]",
+        **options,
     )
 
 
@@ -79,7 +164,7 @@ def named_file(text: str) -> tuple[str, str]:
 
 def check_files(parser: argparse.ArgumentParser, config: argparse.Namespace) -> None:
     """Expand ~ in paths; end the program if the flags for own problems are incomplete."""
-    for name in ("out", "weights", "labeled", "unlabeled"):
+    for name in ("out", "weights", "warm_up", "labeled", "unlabeled"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
     if bool(config.labeled) != bool(config.test) or (config.unlabeled and not config.labeled):
         parser.error("your own data: give both --labeled FILE and --test NAME=FILE")

@@ -109,7 +109,7 @@ def test_more_rounds_and_other_limits_continue_a_run(tmp_path):
     """A user who is advised to lower a batch size must not have to start over."""
     begin(tmp_path, NUMBERS, "L", BASE)
     for name in MAY_CHANGE:
-        begin(tmp_path, NUMBERS | {name: 7}, "L", BASE)
+        begin(tmp_path, NUMBERS | {name: "" if name == "warm_up" else 7}, "L", BASE)
 
 
 def test_files_that_stand_where_the_runs_would_are_not_taken_for_results(tmp_path):

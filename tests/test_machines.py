@@ -14,6 +14,7 @@ import torch
 import decode
 import run
 from data.problems import Problem, check_leakage, read_jsonl, write_jsonl
+from data.results import make_table, read_evaluations
 from selftrain import is_correct
 from tests.bench.report import measure
 from tests.conftest import ROOT
@@ -367,7 +368,7 @@ def test_the_most_frequent_answer_is_beside_the_accuracies(tmp_path):
         )
     (tmp_path / "warm-up").mkdir()
     write_jsonl(rows, tmp_path / "warm-up" / "evaluation.jsonl")
-    table = run.make_table(tmp_path, run.parse_args([]))
+    table = make_table(read_evaluations(tmp_path), run.parse_args([]))
     assert "| always the most frequent answer |  | 60.0 |" in table
 
 

@@ -23,8 +23,10 @@ import torch
 
 import run
 import selftrain
+from calculator import calculate
 from data.problems import Problem, read_jsonl, write_jsonl
-from data.results import accuracies
+from data.results import accuracies, compare, make_table, mark_results, read_evaluations
+from data.terminal import STAGES, Plan, progress
 from model import SIZES, T5, save_flan_t5
 from tests.conftest import ROOT, hear_ctrl_c
 
@@ -47,6 +49,11 @@ def hashes(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
     }
+
+
+def count(folder: Path) -> int:
+    """How many files and folders there are, while a run makes and removes some."""
+    return sum(len(folders) + len(files) for _, folders, files in os.walk(folder))
 
 
 def main_in_this_process(*arguments: object) -> tuple[int, str]:
@@ -139,15 +146,11 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_p
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        before, deadline = len(list(out.rglob("*"))), time.time() + 60
+        before, deadline = count(out), time.time() + 60
         if (
             len(where) > wanted // 3
         ):  # let some get a stage further, so that the kills are spread over the run
-            while (
-                process.poll() is None
-                and time.time() < deadline
-                and len(list(out.rglob("*"))) == before
-            ):
+            while process.poll() is None and time.time() < deadline and count(out) == before:
                 time.sleep(0.01)
         time.sleep(rng.uniform(0, 3))
         if process.poll() is not None:
@@ -155,7 +158,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_p
             break
         process.send_signal(signal.SIGKILL)
         process.wait()
-        where.append(len(list(out.rglob("*"))))
+        where.append(count(out))
     result = command(*SHORT, "--out", out)
     assert result.returncode == 0, result.stderr
     expected = hashes(finished)
@@ -567,11 +570,11 @@ def test_the_papers_rows_are_below_the_runs_own(tmp_path):
         (tmp_path / stage).mkdir(parents=True)
         write_jsonl([*rows, rows[0] | {"calculator": False}], tmp_path / stage / "evaluation.jsonl")
     base = "--size base --device cpu".split()
-    table = run.make_table(tmp_path, run.parse_args(base))
+    table = make_table(read_evaluations(tmp_path), run.parse_args(base))
     assert "| DPO-ST, paper, with its own settings |  | 27.2 | 74.3 | 29.2 | 22.6 |  |" in table
     own = "--labeled a.jsonl --test mine=b.jsonl".split()
     for flags in ("--size small --device cpu".split(), [*base, *own]):
-        assert "paper" not in run.make_table(tmp_path, run.parse_args(flags))
+        assert "paper" not in make_table(read_evaluations(tmp_path), run.parse_args(flags))
 
 
 def test_the_real_checkpoint_and_real_gsm8k_run_every_stage(shared, public_sets, tmp_path, slow):
@@ -712,3 +715,80 @@ class Hosts(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+# ------------------------------------------------------------------------------------ what a run shows
+
+
+def test_the_closing_words_say_what_was_learned(finished):
+    """A newcomer sees the sets named, the noise of one run, what was gained and lost, and one problem in full."""
+    text = (finished / "results.md").read_text()
+    for words in (
+        "± of the last row (95 %)",
+        "- library: a kind of story that is in neither L nor U",
+        "dpo-st/round-1 against SFT:",
+        "DPO-ST against ST, round-1:",
+        "sign test, p =",
+    ):
+        assert words in text, words
+
+
+def test_the_sign_test_is_exact():
+    """Eight gained and none lost: 2 / 2^8; five and three: as likely as not."""
+    old = [{"test": "t", "calculator": True, "correct": [False]}] * 8
+    new = [{"test": "t", "calculator": True, "correct": [True]}] * 8
+    assert compare(old, new) == "8 gained, 0 lost: more than chance (sign test, p = 0.0078)"
+    half = new[:5] + old[:3]
+    other = old[:5] + new[:3]
+    assert compare(other, half) == "5 gained, 3 lost: this may be chance (sign test, p = 0.73)"
+    assert "p = 1)" in compare(old, old)
+
+
+def test_the_calculators_results_are_marked_in_stored_texts():
+    """Rationales are stored as text; what the calculator wrote is what it would write again."""
+    text = "He has [ 2 + 3 = 5] 5. Then [ 5 * 2 = 11] 11. [ two = 2]. #### 11"
+    marked = "He has [ 2 + 3 = «5»] 5. Then [ 5 * 2 = 11] 11. [ two = 2]. #### 11"
+    assert mark_results(text, calculate) == marked
+
+
+def test_every_stage_says_which_of_how_many_it_is(finished, tmp_path):
+    """A run of hours without a number leaves one guessing; the plan comes from the algorithm itself."""
+    result = command(*SHORT, "--out", tmp_path / "run")
+    numbers = [line.split(" ")[0] for line in result.stdout.splitlines() if " stage " in line]
+    stages = list(dict.fromkeys(numbers))
+    assert stages == [f"{i}/13" for i in range(1, 14)], stages
+    plan = Plan(run.parse_args(SHORT))
+    selftrain.self_train(plan, "dpo-st")
+    assert len(plan.names) == 9 and plan.names[0] == "warm-up/sft"
+
+
+def test_a_long_stage_says_in_a_file_how_far_it_is(monkeypatch, capsys):
+    """A scheduler's log must not be silent for an hour; a bar drawn with carriage returns is unreadable there."""
+    now = [0.0]
+    monkeypatch.setattr(STAGES, "names", [])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for _ in progress(range(10), "sampling", "rationale"):
+        now[0] += 30
+    lines = capsys.readouterr().out.splitlines()
+    assert 2 <= len(lines) <= 6 and all(line.startswith("sampling: ") for line in lines), lines
+
+
+def test_the_warm_up_of_another_run_can_be_used(finished, tmp_path):
+    """Another beta needs no other warm-up; another seed does, and is refused by name."""
+    result = command(*SHORT, "--beta", 0.3, "--warm-up", finished, "--out", tmp_path / "beta")
+    assert result.returncode == 0 and "The warm-up is that of" in result.stdout, result.stderr
+    ours, theirs = hashes(tmp_path / "beta"), hashes(finished)
+    for name in theirs:
+        if name.startswith("warm-up"):
+            assert ours[name] == theirs[name], name
+    for flags, word in (
+        (["--seed", 43], "seed"),
+        (["--sft-learning-rate", 0.01], "sft-learning-rate"),
+    ):
+        code, said = main_in_this_process(
+            *SHORT, *flags, "--warm-up", finished, "--out", tmp_path / word
+        )
+        assert code == 2 and f"differs in {word}" in said
+        assert not (tmp_path / word / "warm-up").exists()
+    code, said = main_in_this_process(*SHORT, "--warm-up", tmp_path, "--out", tmp_path / "none")
+    assert code == 2 and "no run with a finished warm-up" in said
