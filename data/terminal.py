@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -203,11 +204,26 @@ def run_command(main: Callable[[], None], then: str = "") -> None:
             raise
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # erase what it has drawn
-        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+        say_once(f"{Path(sys.argv[0]).name}: {sentence}")
         code = 2
         if isinstance(error, KeyboardInterrupt):
             code = -(error.args[0] if error.args else signal.SIGINT)
     end(code)
+
+
+def say_once(sentence: str) -> None:
+    """Print on stderr; of several processes only the first that has an error does."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(sentence, file=sys.stderr)
+        return
+    mark = Path(tempfile.gettempdir()) / f"dpo-st-{os.getppid()}"  # torchrun's own number
+    try:
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    print(sentence, file=sys.stderr, flush=True)
+    time.sleep(2)  # until the others have found the mark
+    mark.unlink(missing_ok=True)
 
 
 def stop(number: int, _) -> None:
