@@ -126,23 +126,13 @@ def make_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--size", choices=SIZES, default="tiny", help="of the model (tiny)")
     methods = ("dpo-st", "st", "both")
-    add(
-        "--method",
-        choices=methods,
-        default="dpo-st",
-        help="Algorithm 2, 1, or both (dpo-st)",
-    )
+    add("--method", choices=methods, default="dpo-st", help="Algorithm 2, 1, or both (dpo-st)")
     add("--out", default="", help="output folder (runs/[own-]SIZE-seed-SEED)")
     add("--weights", default="", help="your own checkpoint; --size still sets the defaults")
     add("--warm-up", default="", metavar="RUN", help="take the warm-up from a run of the same kind")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--bf16", action="store_true", help="compute in bf16 (always on a GPU)")
-    add(
-        "--no-calculator",
-        dest="calculator",
-        action="store_false",
-        help="sample without it",
-    )
+    add("--no-calculator", dest="calculator", action="store_false", help="sample without it")
     group = parser.add_argument_group("your own problems (JSONL)")
     add = group.add_argument
     add("--labeled", default="", metavar="FILE", help="problems with rationales")

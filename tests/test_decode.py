@@ -790,3 +790,18 @@ def test_bytes_that_are_no_text_in_a_question_do_not_end_in_a_traceback(monkeypa
     monkeypatch.setattr(sys, "argv", ["decode.py", "caf\udce9 has 3"])
     decode.main()
     assert "caf? has 3" in capsys.readouterr().out
+
+
+def test_several_samples_are_shown_with_how_many_agree(monkeypatch, capsys):
+    """What the paper does with a model, on one screen: samples at a temperature, the calculator's tokens marked,
+    and the answer that most of them reach; without the calculator nothing is marked."""
+    question = "Tom has 6 boxes with 24 shells in each. How many shells does he have?"
+    monkeypatch.setattr(sys, "argv", ["decode.py", question, "--samples", "3"])
+    decode.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[0] == question
+    assert all("«" in line for line in lines[1:4])
+    assert re.fullmatch(r"  [123] of 3 samples end in #### \d+", lines[4])
+    monkeypatch.setattr(sys, "argv", ["decode.py", question, "--no-calculator"])
+    decode.main()
+    assert "«" not in capsys.readouterr().out
