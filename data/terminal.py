@@ -217,13 +217,13 @@ def say_once(sentence: str) -> None:
         print(sentence, file=sys.stderr)
         return
     mark = Path(tempfile.gettempdir()) / f"dpo-st-{os.getppid()}"  # torchrun's own number
+    if mark.exists() and time.time() - mark.stat().st_mtime > 60:
+        mark.unlink(missing_ok=True)  # of an earlier torchrun with this number
     try:
         os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
     print(sentence, file=sys.stderr, flush=True)
-    time.sleep(2)  # until the others have found the mark
-    mark.unlink(missing_ok=True)
 
 
 def stop(number: int, _) -> None:
