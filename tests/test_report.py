@@ -1,9 +1,12 @@
 """tests/bench/report.py: tables and figures are made from run folders alone and agree with them."""
 
 import json
+import re
 import shutil
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from data.folder import open_folder
 from data.problems import Problem, read_jsonl, write_jsonl
 from run import load_data, parse_args
-from tests.bench import dpo_step, report
+from tests.bench import dpo_step, page, report
 from tests.conftest import ROOT
 from tokenizer import format_rationale
 
@@ -157,30 +160,103 @@ def test_seeds_are_merged(run_folder, tmp_path, capsys):
     assert "no such run: there is no run" in said.err
 
 
-def test_runs_of_other_kinds_are_refused(run_folder, tmp_path):
-    """Means over runs that differ in more than the seed would say nothing. Settings that depend
-    on the machine, and file locations, may differ."""
+def test_runs_of_one_kind_are_merged_and_others_compared(run_folder, tmp_path, capsys):
+    """Means over runs that differ in more than the seed would say nothing: these are compared, flag by flag and
+    problem by problem. Settings that depend on the machine, and file locations, may differ."""
     other = tmp_path / "run-1"
     shutil.copytree(run_folder, other)
     both = [str(run_folder), str(other)]
     change_config(other, seed=1, decode_batch_size=7, device="cuda", weights="elsewhere")
     report.main(both)
+    assert "over 2 runs" in capsys.readouterr().out
     for flag, value in (("bf16", True), ("beta", 7.0), ("base_weights", "others")):
         before = json.loads((other / "config.json").read_text())[flag]
         change_config(other, **{flag: value})
-        with pytest.raises(SystemExit, match="more than the seed"):
-            report.main(both)
+        report.main(both)
+        said = capsys.readouterr().out
+        assert f"| {flag} | {before} | {value} |" in said and "over 2 runs" not in said
+        assert "warm-up: 0 gained, 0 lost" in said and "dpo-st/round-1: 0 gained" in said
         change_config(other, **{flag: before})
-    report.main(both)
 
 
-def test_your_own_problems_must_be_the_same_ones(run_folder, tmp_path):
-    """Generated problems follow from the seed; a file may have changed and kept its name."""
-    for name in ("run-1", "run-2"):
-        shutil.copytree(run_folder, tmp_path / name)
-        change_config(tmp_path / name, labeled="labeled.jsonl", problems=f"those of {name}")
-    with pytest.raises(SystemExit, match="more than the seed"):
-        report.main([str(tmp_path / "run-1"), str(tmp_path / "run-2")])
+def test_runs_on_other_problems_are_not_compared(run_folder, tmp_path):
+    """Gained and lost problems need the same problems; a file may have changed and kept its name."""
+    other = tmp_path / "run-1"
+    shutil.copytree(run_folder, other)
+    change_config(other, beta=7.0)
+    for path in other.rglob("evaluation.jsonl"):
+        path.write_text(path.read_text().replace('"question": "', '"question": "Other: '))
+    with pytest.raises(SystemExit, match="other problems"):
+        report.main([str(run_folder), str(other)])
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and whether they close in order."""
+
+    VOID = ("meta", "br", "path", "use", "rect")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.text = [], Counter(), ""
+
+    def handle_starttag(self, tag, attributes):
+        self.seen[tag] += 1
+        if tag not in ("meta", "br", "li", "tr", "td", "th"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen[tag] += 1
+
+    def handle_endtag(self, tag):
+        if tag not in ("li", "tr", "td", "th"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_holds_what_it_must_and_escapes_what_it_is_given(run_folder):
+    """A lecturer shows it and a student clicks through it, from one file: no script and no network, whatever the
+    question's text says."""
+    for path in run_folder.rglob("*.jsonl"):
+        if path.name != "log.jsonl":
+            evil = '"question": "<script>alert(1)</script><b>'
+            path.write_text(path.read_text().replace('"question": "', evil))
+    report.main([str(run_folder)])
+    written = (run_folder / "report.html").read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(written)
+    assert tags.open == [] and not tags.seen["script"] and not tags.seen["link"]
+    assert "<script>alert(1)</script>" in tags.text  # as text
+    assert not re.search(r"(src|href)=.https?:", written)
+    assert tags.seen["svg"] >= 3 and tags.seen["title"] >= 4
+    for words in (
+        "always the most frequent answer",
+        "sign test",
+        "never solved",
+        "samples for pairs",
+    ):
+        assert words in tags.text, words
+    assert tags.seen["details"] >= 2 and tags.seen["mark"] >= 1
+
+
+def test_the_followed_questions_are_what_their_kind_says():
+    """Three rounds of one sample each, for four questions: the kinds are judged by the samples for labels."""
+
+    def round_of(*right: int) -> dict:
+        return {"samples for labels": [{"correct": [i in right]} for i in range(5)]}
+
+    rounds = {"st/round-1": round_of(0), "st/round-2": round_of(0)}
+    rounds |= {"dpo-st/round-1": round_of(0, 1), "dpo-st/round-2": round_of(1, 2)}
+    assert page.choose(rounds, 5) == {
+        "turned right": [],
+        "turned wrong": [0],
+        "solved only by DPO-ST": [1, 2],
+        "never solved": [3, 4],
+        "solved twice": [],
+    }
+    alone = {name: rounds[name] for name in ("dpo-st/round-1", "dpo-st/round-2")}
+    assert page.choose(alone, 5)["turned right"] == [2]
 
 
 def test_a_run_that_has_only_warmed_up_has_a_report_too(run_folder, capsys):

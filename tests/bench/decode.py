@@ -46,6 +46,7 @@ from data.synthetic import make_problems
 from data.terminal import run_command
 from decode import TOP_K, KVCache, RowState, Sample, generate
 from model import SIZES, START_ID, T5, load_flan_t5, save_flan_t5
+from tests.bench.drawing import BLUE, RED, add_plain_style, new_figure, save_figures
 from tests.bench.peers import (
     ReReadingCalculator,
     Script,
@@ -55,7 +56,6 @@ from tests.bench.peers import (
     load_peer,
     scripted,
 )
-from tests.bench.report import BLUE, RED, add_plain_style, new_figure, save_figures
 from tokenizer import EOS_ID, MAX_QUESTION, MAX_RATIONALE, Tokenizer, pad_batch
 
 TINY = Path(__file__).parents[2] / "data" / "tiny"

@@ -18,18 +18,8 @@ from data.problems import Problem, read_jsonl
 from data.terminal import run_command
 from run import load_data
 from selftrain import Experiment
-from tests.bench.report import (
-    RED,
-    add_plain_style,
-    chances,
-    config_of,
-    count_labels,
-    interval,
-    new_figure,
-    print_rows,
-    save_figures,
-    spread,
-)
+from tests.bench.drawing import RED, add_plain_style, new_figure, save_figures
+from tests.bench.report import chances, config_of, count_labels, interval, print_rows, spread
 from tokenizer import Tokenizer
 
 NAMES = ("greedy Pass@1 (%)", "Pass@10 (%)", "pseudo-labels")

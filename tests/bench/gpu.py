@@ -40,7 +40,7 @@ from dpo import PreferencePair, make_pair_examples, train_dpo
 from model import SIZES, T5
 from run import GPU, parse_args
 from sft import Schedule, make_examples, train_sft
-from tests.bench.report import BLUE, RED, add_plain_style, new_figure, save_figures
+from tests.bench.drawing import BLUE, RED, add_plain_style, new_figure, save_figures
 from tokenizer import EOS_ID, Tokenizer, format_rationale
 
 TINY = Path(__file__).parents[2] / "data" / "tiny"

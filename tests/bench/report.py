@@ -22,9 +22,21 @@ import run
 from calculator import calculate
 from data.folder import MAY_CHANGE, read_run_config
 from data.problems import Problem, read_jsonl
-from data.results import accuracies
+from data.results import accuracies, compare, read_evaluations
 from data.terminal import run_command
 from selftrain import MAX_SIMILARITY, extract_answer, jaccard, make_pseudo_labels, pass_at_k
+from tests.bench.drawing import (
+    BLUE,
+    GREEN,
+    PINK,
+    RED,
+    add_legend,
+    add_plain_style,
+    draw_band,
+    new_figure,
+    save_figures,
+)
+from tests.bench.page import write_page
 from tokenizer import Tokenizer, format_rationale
 
 NAMES = {"st": "ST", "dpo-st": "DPO-ST"}
@@ -37,11 +49,6 @@ T_95 = (
     *(2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09),
 )
 
-# Colours that colour-blind readers can distinguish. Source: Okabe and Ito (2008).
-BLUE = "#0072B2"
-RED = "#D55E00"
-GREEN = "#009E73"
-PINK = "#CC79A7"
 COLORS = {"st": BLUE, "dpo-st": RED}
 
 # ------------------------------------------------------------------------------ means and intervals
@@ -344,34 +351,6 @@ def print_tables(runs: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------ figures
 
 
-def new_figure(width: float, height: float, n_panels: int = 1) -> tuple:
-    """An empty figure, with its size in inches, and its panel or an array of panels."""
-    from matplotlib.figure import Figure  # here because the tables do not need it
-
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(1, n_panels)
-
-
-def draw_band(
-    axes, x: Sequence, rows: list, label: str, color: str, linestyle: str = "-", marker: str = ""
-) -> None:
-    """Draw the means of rows (one row per run), with a band of one standard deviation."""
-    columns = list(zip(*rows, strict=True))
-    means = [statistics.mean(column) for column in columns]
-    axes.plot(x, means, color=color, label=label, linestyle=linestyle, marker=marker)
-    if len(rows) > 1:
-        deviations = [statistics.stdev(column) for column in columns]
-        low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
-        high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
-        axes.fill_between(x, low, high, color=color, alpha=0.2)
-
-
-def add_legend(axes, **options) -> None:
-    """Add a legend if there are any lines."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(**options)
-
-
 def per_round(runs: list[dict], method: str, test: str) -> list[list[float]]:
     """Accuracy after SFT and after each round, for the runs that have finished the most rounds."""
     curves = []
@@ -459,32 +438,6 @@ def draw_sft_loss(logs: list[list[dict]]):
     return figure
 
 
-def add_plain_style() -> bool:
-    """Set the style of all figures. False, with advice, if matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        advice = "For pictures: pip install matplotlib, and the same command again"
-        print(f"\n{advice}", file=sys.stderr)
-        return False
-    matplotlib.rcParams["font.size"] = 13
-    matplotlib.rcParams["lines.linewidth"] = 2
-    matplotlib.rcParams["axes.spines.top"] = False
-    matplotlib.rcParams["axes.spines.right"] = False
-    matplotlib.rcParams["svg.hashsalt"] = "dpo-st"  # otherwise its ids change each time
-    return True
-
-
-def save_figures(figures: dict, out: Path) -> None:
-    """Write figures as PNG and SVG; the same runs give the same SVG, byte for byte."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.tight_layout()
-        figure.savefig(out / f"{name}.png", dpi=150)
-        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
-    print(f"\nPictures in {out}: {', '.join(figures)}")
-
-
 def read_log(path: Path) -> list[dict]:
     """The lines of a log, except one that a killed run left incomplete."""
     records = []
@@ -511,6 +464,26 @@ def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
         without = ("dev without calculator", ", without calculator", "--")
         figures["calculator"] = draw_rounds(runs, [with_it, without])
     save_figures(figures, out)
+
+
+# -------------------------------------------------------------------------- runs that differ in flags
+
+
+def compare_runs(folders: list[Path], kinds: list[dict]) -> None:
+    """The flags in which runs differ, and the problems each gains and loses against the first."""
+    names = [n for n in kinds[0] if len({str(kind.get(n)) for kind in kinds}) > 1]
+    rows = [[name, *(str(kind.get(name)) for kind in kinds)] for name in names]
+    print_rows(["flag", *map(str, folders)], rows)
+    evaluations = [read_evaluations(folder) for folder in folders]
+    first, *others = evaluations
+    for folder, other in zip(folders[1:], others):
+        print(f"\n{folder} against {folders[0]}, {next(iter(first.values()))[0]['test']}:\n")
+        for stage, rows in other.items():
+            if stage in first:
+                asked = [row["question"] for row in rows]
+                if asked != [row["question"] for row in first[stage]]:
+                    raise ValueError(f"{folder} was tested on other problems than {folders[0]}")
+                print(f"{stage}: {compare(first[stage], rows)}")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -544,15 +517,19 @@ def main(argv: list[str] | None = None) -> None:
     if not folders:
         sys.exit("report: nothing to report: give folders of runs")
     kinds = [kind_of(config_of(folder)) for folder in folders]
-    if any(kind != kinds[0] for kind in kinds):
-        sys.exit("report: these runs differ in more than the seed: give runs of one kind")
-    seeds = {config_of(folder).seed for folder in folders}
-    if len(seeds) < len(folders):
-        sys.exit("report: two of these runs have one seed: give one run for each seed")
     try:
+        if any(kind != kinds[0] for kind in kinds):
+            compare_runs(folders, kinds)
+            return
+        seeds = {config_of(folder).seed for folder in folders}
+        if len(seeds) < len(folders):
+            sys.exit("report: two of these runs have one seed: give one run for each seed")
         runs = [measure(folder) for folder in folders]
         print_tables(runs)
-        draw(folders, runs, args.out or folders[0] / "figures")
+        out = args.out or folders[0] / "figures"
+        draw(folders, runs, out)
+        for folder, found in zip(folders, runs, strict=True):
+            print(f"A page: {write_page(folder, config_of(folder), found, out)}")
     except (OSError, ValueError) as error:
         sys.exit(f"report: {error}")
 

@@ -1,0 +1,245 @@
+"""One page about one run, to look at: RUN/report.html, one file without network or script.
+
+The closing words, the pictures, what samples are like in each round, and questions followed through
+all rounds: every sample, which were dropped as duplicates of which, the pairs and pseudo-labels
+made of them, and the answers to test questions after each round. Everything that comes from a
+run's files is escaped.
+"""
+
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from calculator import calculate
+from data.problems import Problem, read_jsonl
+from data.results import closing_words, make_table, mark_results, read_evaluations
+from selftrain import jaccard, split_samples
+from tokenizer import Tokenizer
+
+PER_KIND = 3  # questions of each of the four kinds
+CSS = """
+:root { color-scheme: light dark; --line: #8884; --right: #0072b2; --wrong: #d55e00; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 60rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; }
+td, th { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+figure { margin: .5rem; background: white; color: black; } figure svg { width: 100%; height: auto; }
+.broad { grid-column: 1 / -1; } figcaption { padding: 0 .5rem; }
+details { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .4rem; }
+summary { cursor: pointer; } li { overflow-wrap: anywhere; } mark { background: #f0e44266; color: inherit; }
+.right::before { content: "✓ "; color: var(--right); } .wrong::before { content: "✗ "; color: var(--wrong); }
+.note { opacity: .75; font-size: .9em; }
+"""
+
+
+def text_of(rationale: str) -> str:
+    """An escaped rationale with the calculator's results marked."""
+    return marked(mark_results(rationale, calculate)) or "(nothing)"
+
+
+def marked(text: str) -> str:
+    """Escape a text, and highlight what is between « and »."""
+    return re.sub("«(.*?)»", r"<mark>\1</mark>", html.escape(text))
+
+
+def list_of(items: Sequence[tuple[str, str]]) -> str:
+    """Items as (class, HTML)."""
+    rows = "".join(f'<li class="{kind}">{text}</li>' for kind, text in items)
+    return f"<ul>{rows}</ul>" if items else '<p class="note">none</p>'
+
+
+def table_of(markdown: str) -> str:
+    """A table of results.md as HTML."""
+    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line[:1] == "|"]
+    header, _, *body = rows
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    for row in body:
+        cells += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+    return f'<div class="wide"><table><tr>{cells}</table></div>'
+
+
+# ------------------------------------------------------------------- questions of U, round by round
+
+
+def read_rounds(folder: Path) -> dict[str, dict]:
+    """Of every round that is there: samples (rows of U), pairs and labels by question."""
+    rounds = {}
+    for method in ("st", "dpo-st"):
+        number = 1
+        while (folder / method / f"round-{number}" / "pseudo-labels.jsonl").exists():
+            here = folder / method / f"round-{number}"
+            found = {"pairs": {}, "labels": {}}
+            for name, file in (("pairs", "preference-pairs"), ("labels", "pseudo-labels")):
+                path = here / f"{file}.jsonl"
+                for row in read_jsonl(path) if path.exists() else ():
+                    found[name].setdefault(row["question"], []).append(row)
+            for name in ("pairs", "labels"):
+                path = here / f"samples-for-{name}.jsonl"
+                found[f"samples for {name}"] = read_jsonl(path) if path.exists() else []
+            rounds[f"{method}/round-{number}"] = found
+            number += 1
+    return rounds
+
+
+def choose(rounds: dict[str, dict], n: int) -> dict[str, list[int]]:
+    """Numbers of questions of U by what became of them, judged by the samples for labels."""
+
+    def solved(stage: str) -> list[bool]:
+        return [any(row["correct"]) for row in rounds[stage]["samples for labels"]]
+
+    methods = {}
+    for stage in rounds:
+        methods.setdefault(stage.partition("/")[0], []).append(solved(stage))
+    first, *_, last = [*methods.values()][-1] * 2  # of the last method
+    by_st = methods.get("st", [[False] * n])
+    by_dpo = methods.get("dpo-st", [[False] * n])
+    names = [
+        "turned right",
+        "turned wrong",
+        "solved only by DPO-ST",
+        "never solved",
+        "solved twice",
+    ]
+    kinds: dict[str, list[int]] = {name: [] for name in names}
+    for i in range(n):
+        everywhere = [solved_[i] for rows in methods.values() for solved_ in rows]
+        if not any(everywhere):
+            kinds["never solved"].append(i)
+        elif (
+            any(rows[i] for rows in by_dpo)
+            and not any(rows[i] for rows in by_st)
+            and len(methods) > 1
+        ):
+            kinds["solved only by DPO-ST"].append(i)
+        elif last[i] and not first[i]:
+            kinds["turned right"].append(i)
+        elif first[i] and not last[i]:
+            kinds["turned wrong"].append(i)
+        elif first[i]:
+            kinds["solved twice"].append(i)  # in the first round and in the last
+    return {kind: numbers[:PER_KIND] for kind, numbers in kinds.items()}
+
+
+def judged(row: dict, problem: Problem, tokenizer: Tokenizer, limit: float) -> str:
+    """A question's samples of one stage: right or wrong, and which are too similar to a kept one."""
+    items = []
+    kept: dict[bool, list[tuple[str, frozenset]]] = {True: [], False: []}
+    seen = {text: row["rationales"].count(text) for text in row["rationales"]}
+    for right, texts in zip((True, False), split_samples(list(seen), problem.answer)):
+        for text in texts:
+            pieces = tokenizer.piece_set(text)
+            similar = [
+                (jaccard(pieces, other), number) for number, (_, other) in enumerate(kept[right], 1)
+            ]
+            closest, number = max(similar, default=(0.0, 0))
+            note = f" × {seen[text]}" if seen[text] > 1 else ""
+            if closest > limit:
+                note += f"; dropped: {closest:.2f} similar to {'right' if right else 'wrong'} one {number}"
+            else:
+                kept[right].append((text, pieces))
+            items.append(
+                ("right" if right else "wrong", f'{text_of(text)}<span class="note">{note}</span>')
+            )
+    return list_of(items)
+
+
+def follow(i: int, rounds: dict[str, dict], tokenizer: Tokenizer, limit: float) -> str:
+    """One question of U through all rounds of both methods."""
+    parts = []
+    for stage, found in rounds.items():
+        for purpose in ("pairs", "labels"):
+            rows = found[f"samples for {purpose}"]
+            if not rows:
+                continue
+            row = rows[i]
+            problem = Problem(row["question"], row["answer"])
+            parts.append(
+                f"<h4>{stage}: samples for {purpose}</h4>" + judged(row, problem, tokenizer, limit)
+            )
+            made = []
+            for item in found[purpose].get(row["question"], ()):
+                if purpose == "labels":
+                    made.append(("right", text_of(item["rationale"])))
+                    continue
+                pair = [tokenizer.piece_set(item[name]) for name in ("chosen", "rejected")]
+                made.append(("", f"similarity {jaccard(*pair):.2f}: {text_of(item['chosen'])} <b>over</b> "
+                             f"{text_of(item['rejected'])}"))  # fmt: skip
+            title = "preference pairs" if purpose == "pairs" else "pseudo-labels"
+            parts.append(f'<p class="note">{title}, from all rounds so far:</p>{list_of(made)}')
+    return "".join(parts)
+
+
+def answers(evaluations: dict[str, list[dict]]) -> str:
+    """Test questions whose answers changed, after every stage."""
+    stages = list(evaluations)
+    parts = []
+    for rows in zip(*evaluations.values()):
+        verdicts = [row["correct"][0] for row in rows]
+        if len(set(verdicts)) == 1 or not rows[0]["calculator"]:
+            continue
+        items = []
+        for stage, row in zip(stages, rows):
+            kind = "right" if row["correct"][0] else "wrong"
+            items.append((kind, f"{stage}: {text_of(row['rationales'][0])}"))
+        title = html.escape(f"{rows[0]['test']}: {rows[0]['question']} ({rows[0]['answer']})")
+        parts.append(f"<details><summary>{title}</summary>{list_of(items)}</details>")
+        if len(parts) == 4 * PER_KIND:
+            break
+    return "".join(parts)
+
+
+# --------------------------------------------------------------------------------------------- page
+
+
+def write_page(folder: Path, config, found: dict[str, dict], figures: Path) -> Path:
+    """Write RUN/report.html. found: of report.measure. figures: a folder with pictures, if any."""
+    evaluations = read_evaluations(folder)
+    rounds = read_rounds(folder)
+    tokenizer = Tokenizer(folder / "warm-up" / "sft")
+    title = html.escape(f"Flan-T5 {config.size}, seed {config.seed}: {folder.name}")
+    parts = [f"<h1>{title}</h1>", table_of(make_table(evaluations, config))]
+    for block in closing_words(evaluations, calculate).split("\n\n"):
+        lines = [line for line in block.splitlines() if line]
+        heads = [html.escape(line) for line in lines if not line.startswith("- ")]
+        items = [("", marked(line[2:])) for line in lines if line.startswith("- ")]
+        parts.append(f"<p>{'<br>'.join(heads)}</p>" + (list_of(items) if items else ""))
+    pictures = ""
+    for path in sorted(figures.glob("*.svg")) if figures.is_dir() else ():
+        picture = path.read_text(encoding="utf-8").partition("<svg")[2]
+        opening, _, rest = picture.partition(">")
+        name = html.escape(path.stem.replace("-", " "))
+        kind = "broad" if path.stem == "dpo-curves" else ""
+        pictures += f'<figure class="{kind}"><svg{opening} role="img"><title>{name}</title>{rest}'
+        pictures += f"<figcaption>{name}</figcaption></figure>"
+    if pictures:
+        parts.append(f'<h2>Pictures</h2><div class="panels">{pictures}</div>')
+    parts.append("<h2>Samples on U</h2>" + samples_table(found))
+    if rounds:
+        parts.append("<h2>Questions of U, followed through all rounds</h2>")
+        rows = next(iter(rounds.values()))["samples for labels"]
+        for kind, numbers in choose(rounds, len(rows)).items():
+            parts.append(f"<h3>{kind}</h3>")
+            for i in numbers:
+                summary = html.escape(f"{rows[i]['question']} ({rows[i]['answer']})")
+                inner = follow(i, rounds, tokenizer, config.max_similarity)
+                parts.append(f"<details><summary>{summary}</summary>{inner}</details>")
+        parts.append("<h2>Test questions whose answers changed</h2>" + answers(evaluations))
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    page = f"<!DOCTYPE html><html lang=en><head>{head}<style>{CSS}</style></head><body>{''.join(parts)}</body></html>\n"
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+def samples_table(found: dict[str, dict]) -> str:
+    """pass@1, pass@k and more, before and after the DPO step of each round."""
+    lines = []
+    for stage, groups in found.items():
+        for group, purpose in (("before", "pairs"), ("after", "labels")):
+            if group in groups:
+                numbers = groups[group]
+                if not lines:
+                    lines = [f"| samples | {' | '.join(numbers)} |", "|---|"]
+                cells = " | ".join(f"{value:.1f}" for value in numbers.values())
+                lines.append(f"| {stage}, for {purpose} | {cells} |")
+    return table_of("\n".join(lines)) if lines else ""
