@@ -190,10 +190,8 @@ def load_data(
         paths = {name: folder / name.lower() / "test.jsonl" for name in TESTS}
         paths["dev"] = folder / "gsm8k" / "dev.jsonl"
         tests = {name: load_problems(path, quiet=True) for name, path in paths.items()}
-    limit = config.limit or None
-    labeled = [format_problem(problem, config.labeled) for problem in labeled[:limit]]
-    tests = {name: problems[:limit] for name, problems in tests.items()}
-    return labeled, unlabeled[:limit], tests
+    labeled = [format_problem(problem, config.labeled) for problem in labeled]
+    return labeled, unlabeled, tests
 
 
 def format_problem(problem: Problem, file: str) -> Problem:
@@ -231,11 +229,13 @@ def main() -> None:
         base = from_process_0(lambda: fetch_flan_t5(config.size))
     tokenizer = Tokenizer(base)
     check_vocabulary(base, read_config(base).vocab_size, tokenizer.vocab_size)
-    unlabeled = join_gold(unlabeled, labeled, tokenizer)
     check_data(labeled, unlabeled, tests, tokenizer, config.allow_leakage)
+    labeled, unlabeled = labeled[: config.limit or None], unlabeled[: config.limit or None]
+    tests = {name: problems[: config.limit or None] for name, problems in tests.items()}
 
     folder = Path(config.out)
     with open_folder(folder, vars(config), (labeled, unlabeled, tests), base):
+        unlabeled = join_gold(unlabeled, labeled, tokenizer)
         say(f"Flan-T5 {config.size} on {rank_and_count()[1]} x {config.device} -> {folder}")
         longest = min(MAX_RATIONALE, config.max_new_tokens)
         problems = [*labeled, *unlabeled, *chain.from_iterable(tests.values())]

@@ -2,6 +2,9 @@
 
 import sys
 
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
+
 
 def hide_interrupt(kind, error, traceback) -> None:
     """Say one word for Ctrl-C while torch is still being imported, not a traceback."""

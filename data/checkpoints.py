@@ -235,8 +235,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if copy is not None and not torch.equal(copy, tensors.setdefault("shared.weight", copy)):
             raise ValueError(f"{folder}: {name} differs from the other embedding: not a Flan-T5")
     for name, tensor in tensors.items():
-        if tensor.dtype not in STORED:
-            raise ValueError(f"{folder}: {name} holds {tensor.dtype}: convert it to bf16 or fp32")
+        if tensor.dtype not in STORED or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(
+                f"{folder}: {name} holds {tensor.dtype}, not plain numbers: store bf16 or fp32"
+            )
         if not tensor.isfinite().all():
             raise ValueError(f"{folder}: {name} holds NaN or infinity: fetch it again")
     return tensors

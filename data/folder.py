@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.checkpoints import BIN, weight_files
@@ -83,9 +83,13 @@ def open_folder(folder: Path, config: dict, problems: object, base: Path) -> Ite
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder):
-        from_process_0(begin)
-        yield
+    try:
+        with lock(folder):
+            from_process_0(begin)
+            yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # if it is empty: the run was refused before it made anything
 
 
 @contextmanager
@@ -96,7 +100,11 @@ def lock(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows: no lock
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        yield
+        return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -119,8 +127,9 @@ def check_settings(folder: Path, config: dict, problems: object, base: Path) -> 
         "problems": hashlib.sha256(repr(problems).encode()).hexdigest(),
         "base_weights": checksum(base),
     }
-    if path.exists():
-        before = read_run_config(path)
+    started = any((folder / name).exists() for name in OURS)
+    before = read_run_config(path) if path.exists() else {}
+    if path.exists() and started:
         say(f"Continuing the run in {folder}: finished stages are kept")
         for name in config:
             if name not in MAY_CHANGE and before.get(name) != config[name]:
@@ -132,7 +141,7 @@ def check_settings(folder: Path, config: dict, problems: object, base: Path) -> 
                 raise ValueError(
                     f"{folder} holds a run with {there}: use the same, or choose another --out"
                 )
-    else:
+    else:  # a config.json alone: the first start failed before it made anything
         if config.get("warm_up"):
             check_warm_up(Path(config["warm_up"]), config)
         for name in OURS:
@@ -167,7 +176,7 @@ def copy_warm_up(other: Path, folder: Path) -> None:
 def read_run_config(path: Path) -> dict:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         before = None
     if not isinstance(before, dict) or "base_weights" not in before:
         raise ValueError(
@@ -188,8 +197,9 @@ def checksum(base: Path) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary folders of `write_atomically` that a killed run left behind."""
-    for part in OURS:
-        for leftover in (folder / part).rglob("*.unfinished-*"):
+    for part in (*OURS, "config.json"):
+        inside = (folder / part).rglob("*.unfinished-*")
+        for leftover in [*folder.glob(f"{part}.unfinished-*"), *inside]:
             name = leftover.name.partition(".unfinished-")[0]
             if leftover.is_dir() and {inner.name for inner in leftover.iterdir()} <= {name}:
                 shutil.rmtree(leftover)
@@ -224,7 +234,7 @@ def drop_unfinished(folder: Path) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             stage = json.loads(line)["stage"]
-        except (ValueError, KeyError, TypeError):  # an incomplete or foreign line
+        except (ValueError, KeyError, TypeError, RecursionError):  # incomplete or foreign
             continue
         if (folder / str(stage)).exists():
             kept.append(line)

@@ -154,6 +154,8 @@ def to_problem(row: dict) -> Problem:
         final = final_answer(rationale)
         if answer is None:
             answer = final
+    if answer is None:
+        raise ValueError(f"there is no answer, but only {', '.join(row)}")
     if isinstance(answer, str):
         answer = to_answer(answer)
     elif type(answer) in (int, float) and abs(answer) <= MAX_NUMBER:

@@ -5,6 +5,7 @@ sampling among themselves; only process 0 writes files and prints.
 """
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -31,7 +32,9 @@ def start_processes(device: str) -> None:
         if local_rank >= torch.cuda.device_count():
             raise ValueError("there are more processes than GPUs here: lower --nproc-per-node")
         torch.cuda.set_device(local_rank)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # waiting for others ignores ours
     dist.init_process_group(backend, timeout=TIMEOUT)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def leave_processes() -> None:

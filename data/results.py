@@ -55,7 +55,9 @@ def read_evaluations(folder: Path) -> dict[str, list[dict]]:
         rows = read_jsonl(path)
         questions = [(row.get("test"), row.get("question")) for row in rows]
         asked = asked or questions
-        if not rows or questions != asked:
+        known = all(is_whole(row, 1) and isinstance(row.get("test"), str) for row in rows)
+        known = known and all(type(row.get("calculator")) is bool for row in rows)
+        if not rows or questions != asked or not known:
             raise ValueError(f"{path} is damaged: delete it and run the same command again")
         evaluations[stage] = rows
     return evaluations
@@ -171,7 +173,16 @@ def read_samples(path: Path, problems: Sequence[Problem], n_samples: int) -> lis
     Raises ValueError if the file has been changed or damaged.
     """
     rows = read_jsonl(path)
-    found = [(row.get("question"), len(row.get("rationales", ()))) for row in rows]
-    if found != [(problem.question, n_samples) for problem in problems]:
+    asked = [row.get("question") for row in rows] == [problem.question for problem in problems]
+    if not asked or not all(is_whole(row, n_samples) for row in rows):
         raise ValueError(f"{path} is damaged: delete it and run the same command again")
     return [row["rationales"] for row in rows]
+
+
+def is_whole(row: dict, n_samples: int) -> bool:
+    """Whether a row has its rationales, and a verdict on each."""
+    lists = [(row.get("rationales"), str), (row.get("correct"), bool)]
+    return all(
+        isinstance(items, list) and [type(item) for item in items] == [kind] * n_samples
+        for items, kind in lists
+    )

@@ -50,17 +50,20 @@ def fetch_datasets(cache: str | Path | None = None) -> Path:
         convert = CONVERSIONS.get(name)
         raw = path if convert is None else path.with_name(url.rpartition("/")[2])
         download(url, raw, source["sha256"])
-        content = raw.read_bytes()
+        try:
+            content = raw.read_bytes()
+        except OSError as error:
+            raise DownloadError(f"{raw} cannot be read ({error})") from error
         if hashlib.sha256(content).hexdigest() != source["sha256"]:
             raise DownloadError(f"{raw} has been changed: delete it, and run this again")
         if convert is None:
             continue
         try:
             text = to_jsonl(convert(content))
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
+            if not path.exists() or path.read_bytes() != text.encode():
                 write_text(text, path)
         except OSError as error:
-            raise not_fetched(url, path, error) from error
+            raise DownloadError(f"{path} cannot be written ({error}): set DPO_ST_CACHE") from error
     return folder
 
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -196,7 +196,8 @@ def run_command(main: Callable[[], None], then: str = "") -> None:
         main()
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # no second message while this one exits
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # no second message while this one exits
         sentence = explain(error, then)
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # the rest of the output must not raise again
@@ -204,7 +205,8 @@ def run_command(main: Callable[[], None], then: str = "") -> None:
             raise
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # erase what it has drawn
-        say_once(f"{Path(sys.argv[0]).name}: {sentence}")
+        with suppress(OSError):  # stderr may be the pipe that was closed
+            say_once(f"{Path(sys.argv[0]).name}: {sentence}")
         code = 2
         if isinstance(error, KeyboardInterrupt):
             code = -(error.args[0] if error.args else signal.SIGINT)
@@ -238,6 +240,7 @@ def end(code: int) -> None:
         leave_processes()
     sys.stdout.flush()
     sys.stderr.flush()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a notebook goes on
     if code < 0 and os.name != "nt":
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

@@ -86,7 +86,9 @@ def test_other_numbers_problems_or_weights_are_refused_by_name(tmp_path):
     shutil.copytree(BASE, base)
     folder = tmp_path / "run"
     begin(folder, NUMBERS, "L", base)
+    begin(folder, NUMBERS | {"beta": 7}, "L", base)  # the first start made nothing: no run to keep
     begin(folder, NUMBERS, "L", base)
+    (folder / "warm-up").mkdir()
     with pytest.raises(ValueError, match="--beta 0.5.*--out"):
         begin(folder, NUMBERS | {"beta": 0.1}, "L", base)
     with pytest.raises(ValueError, match="other problems"):
@@ -145,3 +147,21 @@ def test_the_log_forgets_what_was_not_finished(tmp_path):
     )
     begin(tmp_path, NUMBERS, "L", BASE)
     assert (tmp_path / "log.jsonl").read_text() == done
+
+
+def test_a_first_start_that_fails_does_not_spoil_the_folder(tmp_path):
+    """Weights that turn out to be damaged are mended and tried again: other base weights, but no result of the old
+    ones. A folder that was made for a run that is then refused goes again."""
+    begin(tmp_path / "run", NUMBERS, "L", BASE)
+    begin(tmp_path / "run", NUMBERS, "other L", BASE)
+    with pytest.raises(FileNotFoundError):
+        begin(tmp_path / "refused", NUMBERS, "L", tmp_path / "no weights")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_leftovers_beside_the_log_go_too(tmp_path):
+    """The log, the results and config.json are written under temporary names as well."""
+    for name in ("config.json", "log.jsonl", "results.md"):
+        (tmp_path / f"{name}.unfinished-x1").mkdir()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []

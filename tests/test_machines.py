@@ -357,15 +357,8 @@ def test_the_most_frequent_answer_is_beside_the_accuracies(tmp_path):
     """Of yes and no, half are right by chance: an accuracy means little without it."""
     rows = []
     for i, answer in enumerate(["yes"] * 6 + ["no"] * 4):
-        rows.append(
-            {
-                "test": "mine",
-                "calculator": True,
-                "question": str(i),
-                "answer": answer,
-                "correct": [True],
-            }
-        )
+        row = {"test": "mine", "calculator": True, "question": str(i), "answer": answer}
+        rows.append(row | {"rationales": [""], "correct": [True]})
     (tmp_path / "warm-up").mkdir()
     write_jsonl(rows, tmp_path / "warm-up" / "evaluation.jsonl")
     table = make_table(read_evaluations(tmp_path), run.parse_args([]))
@@ -390,3 +383,34 @@ def test_fewer_rounds_forget_nothing(usual, tmp_path):
     result = command(*words, "--out", out)
     assert result.returncode == 0 and "| 1 |" in result.stdout
     assert any(stage.endswith("round-1") for stage in measure(out))
+
+
+@pytest.mark.parametrize(
+    "file, field, value",
+    [
+        ("samples-for-labels.jsonl", "rationales", "abc"),
+        ("samples-for-labels.jsonl", "rationales", None),
+        ("samples-for-labels.jsonl", "correct", [1, 2, 3]),
+        ("evaluation.jsonl", "correct", []),
+        ("evaluation.jsonl", "test", None),
+    ],
+)
+def test_fields_of_another_type_in_a_runs_files_are_named(usual, tmp_path, file, field, value):
+    """A text in place of a list would be taken for its letters; others would end in a traceback."""
+    out = tmp_path / "run"
+    shutil.copytree(usual, out)
+    for path in out.rglob(file):
+        rows = [row | {field: value} for row in read_jsonl(path)]
+        write_jsonl(rows, path)
+    code, said = main_in_this_process(*BRIEF, "--out", out)
+    assert code == 2 and "is damaged: delete it" in said, said
+
+
+def test_a_limit_switches_no_check_off(tmp_path):
+    """The mistake would show in the full run only, after hours."""
+    labeled = write_problems(tmp_path / "l", [SUM, replace(SUM, question="How many are 4 + 2?")])
+    test = write_problems(tmp_path / "t", [NEW, Problem("How many are 4 + 2?", 6.0)])
+    code, said = main_in_this_process(
+        *BRIEF, "--limit", 1, "--labeled", labeled, "--test", f"t={test}", "--out", tmp_path / "run"
+    )
+    assert code == 2 and "training data" in said

@@ -565,7 +565,7 @@ def test_the_papers_rows_are_below_the_runs_own(tmp_path):
     """Whoever runs the paper's experiment wants to compare; the row says that its settings are the paper's.
     Runs of other sizes, and of your own problems, have no such row."""
     for stage in ("warm-up", "dpo-st/round-1"):
-        row = {"calculator": True, "correct": [True], "answer": 1.0}
+        row = {"calculator": True, "rationales": [""], "correct": [True], "answer": 1.0}
         rows = [{"test": test} | row for test in run.TESTS]
         (tmp_path / stage).mkdir(parents=True)
         write_jsonl([*rows, rows[0] | {"calculator": False}], tmp_path / stage / "evaluation.jsonl")

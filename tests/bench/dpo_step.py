@@ -51,7 +51,7 @@ def measure_step(folder: Path, number: int, n_problems: int | None) -> dict[str,
     _, _, tests = load_data(config)
     if "dev" not in tests:
         raise ValueError(f"{folder}: this run has no test set named dev")
-    dev = tests["dev"][:n_problems]
+    dev = tests["dev"][: config.limit or None][:n_problems]
     here = f"dpo-st/round-{number}"
     before = "warm-up/sft" if number == 1 else f"dpo-st/round-{number - 1}/sft"
     tokenizer = Tokenizer(folder / before)
