@@ -59,13 +59,15 @@ class Stages:
         self.seconds.setdefault(Path(name).name, []).append(time.monotonic() - began)
 
     def left(self) -> str:
-        """`, 12 min left` after a stage, once every kind of stage has been timed; else nothing."""
-        if self.current not in self.names:
+        """`, 12 min left` after a stage of the second round and later; before, nothing."""
+        if self.current not in self.names or len(self.seconds.get("evaluation.jsonl", [])) < 2:
             return ""
-        rest = [Path(name).name for name in self.names[self.names.index(self.current) + 1 :]]
-        if not rest or not all(kind in self.seconds for kind in rest):
+        means = {kind: sum(spent) / len(spent) for kind, spent in self.seconds.items()}
+        usual = sum(means.values()) / len(means)  # for a kind of stage that has not been made yet
+        rest = self.names[self.names.index(self.current) + 1 :]
+        seconds = sum(means.get(Path(name).name, usual) for name in rest)
+        if not rest:
             return ""
-        seconds = sum(sum(self.seconds[kind]) / len(self.seconds[kind]) for kind in rest)
         return f", {seconds / 60:.0f} min left" if seconds >= 60 else f", {seconds:.0f} s left"
 
 

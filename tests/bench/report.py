@@ -374,6 +374,8 @@ def draw_rounds(runs: list[dict], lines: Sequence[tuple[str, str, str]]):
             if len(rounds) > 1:
                 label = NAMES[method] + name
                 draw_band(axes, rounds, rows, label, COLORS[method], style, marker="o")
+                if len(runs) == 1:
+                    add_intervals(axes, runs[0], method, test, rows[0])
                 last = max(last, rounds[-1])
     axes.set_xlabel("round (0: SFT)")
     # Users name the test sets: a dollar sign in a name must not start a formula.
@@ -381,6 +383,17 @@ def draw_rounds(runs: list[dict], lines: Sequence[tuple[str, str, str]]):
     axes.set_xticks(range(last + 1))
     add_legend(axes)
     return figure
+
+
+def add_intervals(axes, found: dict, method: str, test: str, shares: Sequence[float]) -> None:
+    """The 95 % intervals of a single run's accuracies, as bars."""
+    n = found["warm-up"]["problems"][test]
+    bounds = [wilson(round(share * n / 100), n) for share in shares]
+    low = [share - 100 * bound[0] for share, bound in zip(shares, bounds)]
+    high = [100 * bound[1] - share for share, bound in zip(shares, bounds)]
+    shift = 0.03 * list(NAMES).index(method)  # side by side
+    places = [number + shift for number in range(len(shares))]
+    axes.errorbar(places, shares, (low, high), fmt="none", color=COLORS[method], alpha=0.5)
 
 
 def draw_logged(
