@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests import exercise as exercise_module
 from tests.conftest import ROOT
 from tests.exercise import EXERCISES, copy, empty, prepare
 
@@ -149,3 +150,22 @@ def test_the_students_own_tree_is_never_touched(tmp_path):
         and (tmp_path / "new folder" / "dpo.py").exists()
     )
     assert len(run().stdout.splitlines()) == 18
+
+
+def test_a_copy_holds_the_project_and_nothing_else(tmp_path, monkeypatch):
+    """Environments of gigabytes, other people's runs and dangling links lie beside the code; copies of read-only
+    files must be writable."""
+    project = tmp_path / "project"
+    copy(project)
+    (project / "env311").mkdir()
+    (project / "env311" / "huge.py").write_text("")
+    (project / "my-run.jsonl").write_text("")
+    (project / "gone").symlink_to(tmp_path / "nowhere")
+    (project / "model.py").chmod(0o444)
+    monkeypatch.setattr(exercise_module, "ROOT", project)
+    copy(tmp_path / "copy")
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert {"model.py", "README.md", "data", "tests", "pytest.ini", "LICENSE"} <= names
+    assert not names & {"env311", "my-run.jsonl", "gone"}
+    assert (tmp_path / "copy" / "model.py").stat().st_mode & 0o200
+    assert (tmp_path / "copy" / "data" / "tiny" / "spiece.model").exists()

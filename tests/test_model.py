@@ -611,6 +611,20 @@ def test_fp16_is_refused(folder):
             load_flan_t5(folder, dtype)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_of_a_wrapped_model_load(model, folder, prefix):
+    """DistributedDataParallel and torch.compile put a prefix before every name; the weights are the same."""
+    write(folder, {prefix + name: tensor for name, tensor in read(folder).items()})
+    assert equal(load_flan_t5(folder), model)
+
+
+def test_eight_bit_weights_are_one_sentence(folder):
+    """torch cannot even test them for NaN: without a check the user sees its traceback."""
+    write(folder, {name: tensor.to(torch.float8_e4m3fn) for name, tensor in read(folder).items()})
+    with pytest.raises(ValueError, match="float8.*store bf16 or fp32"):
+        load_flan_t5(folder)
+
+
 class Malicious:
     """Unpickling this object in an unsafe loader creates a folder."""
 
