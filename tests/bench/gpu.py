@@ -21,6 +21,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -146,54 +147,19 @@ def measure_step(args: argparse.Namespace) -> None:
 
 
 def measure_peer(args: argparse.Namespace) -> None:
-    """The same random model in both; transformers with the re-reading calculator."""
-    import transformers
+    """The same checkpoint in both; transformers with the re-reading calculator."""
+    from tests.bench.decode import Bench
+    from tests.bench.decode import build as build_checkpoint
 
-    from tests.bench.peers import ReReadingCalculator
-    from tokenizer import MAX_QUESTION, pad_batch
-
-    transformers.logging.set_verbosity_error()
     size, batch = args.sizes[0], args.batches[0]
-    model = build(size, torch.bfloat16)
-    theirs = as_public(model).to(DEVICE, torch.bfloat16).eval()
     questions = [problem.question for problem in args.problems[:batch]]
     n = 128 if ON_GPU else 4
-
-    def peer() -> None:
-        ids = [args.tokenizer.encode(question, MAX_QUESTION) for question in questions]
-        input_ids, mask = pad_batch(ids, DEVICE)
-        calculator = transformers.LogitsProcessorList([ReReadingCalculator(args.tokenizer)])
-        options = {"max_new_tokens": n, "num_beams": 1, "do_sample": False}
-        theirs.generate(
-            input_ids=input_ids, attention_mask=mask, logits_processor=calculator, **options
-        )
-
-    def ours() -> None:
-        generate(model, args.tokenizer, questions, max_new_tokens=n, batch_size=batch)
-
-    repeats = 2 if ON_GPU else 1
-    one, other = seconds(ours, repeats), seconds(peer, repeats)
-    speeds = [f"{len(questions) * n / spent:,.0f} tokens/s" for spent in (one, other)]
-    print_row(f"peer, {size}, batch {batch}", *speeds, f"{other / one:.1f} times as fast")
-
-
-def as_public(model: T5):
-    """Our weights in transformers' T5; its head is untied by hand (release 5 ties it)."""
-    import transformers
-
-    c = model.config
-    config = transformers.T5Config(
-        vocab_size=c.vocab_size, d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_heads=c.n_heads,
-        num_layers=c.n_layers, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    theirs = transformers.T5ForConditionalGeneration(config)
-    theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.detach().clone())
-    from model import public_name
-
-    state = {public_name(name): tensor for name, tensor in model.state_dict().items()}
-    theirs.load_state_dict(state, strict=False)  # it names the embedding three times
-    return theirs
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = build_checkpoint(size, args.vocabulary, Path(scratch))
+        systems = Bench(folder, torch.bfloat16, DEVICE).both(questions, batch, max_new_tokens=n)
+        ours, theirs = (seconds(system, 2 if ON_GPU else 1) for system in systems.values())
+    speeds = [f"{len(questions) * n / spent:,.0f} tokens/s" for spent in (ours, theirs)]
+    print_row(f"peer, {size}, batch {batch}", *speeds, f"{theirs / ours:.1f} times as fast")
 
 
 def measure_figure(args: argparse.Namespace) -> None:
