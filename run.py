@@ -74,7 +74,8 @@ NUMBERS = {
     ],
     "DPO": [
         ("--dpo-steps", count, 150, "optimiser steps [table 5]"),
-        ("--dpo-learning-rate", positive, 7e-7, "peak learning rate [table 5]"),
+        ("--dpo-learning-rate", positive, 7e-7, "peak learning rate in round 1 [table 5]"),
+        ("--later-ratio", positive, 1, "that of later rounds / that of round 1 [table 5]"),
         ("--dpo-batch-size", count, 96, "pairs per step [table 5]"),
         ("--beta", positive, 0.1, "ties the policy to the reference [section 4.2]"),
     ],
@@ -91,7 +92,7 @@ NUMBERS = {
     ],
     "generated problems of --size tiny [our choice]": [
         ("--n-labeled", count, 250, "labeled problems"),
-        ("--n-unlabeled", count, 700, "unlabeled problems"),
+        ("--n-unlabeled", count, 1000, "unlabeled problems"),
         ("--n-test", count, 500, "held-out problems; other tests have a quarter as many"),
     ],
 }
@@ -103,8 +104,9 @@ TINY = {  # DIFFERS: for --size tiny these numbers are our choice; its model has
     "sft_epochs": 5,
     "sft_learning_rate": 1e-3,
     "sft_batch_size": 8,
-    "dpo_steps": 70,
+    "dpo_steps": 100,
     "dpo_learning_rate": 1e-4,
+    "later_ratio": 0.3,
     "dpo_batch_size": 16,
     "beta": 0.5,
     "decode_batch_size": 256,

@@ -211,7 +211,7 @@ def self_train(experiment: "Experiment", method: str) -> Path:
             new = experiment.sample(f"{here}/samples-for-pairs.jsonl", f_prime, c.dpo_samples)
             drawn_for_pairs.append(new)
             D = experiment.pairs(f"{here}/preference-pairs.jsonl", drawn_for_pairs)
-            f_d = experiment.dpo(f"{here}/dpo", f_prime, D)
+            f_d = experiment.dpo(f"{here}/dpo", f_prime, D, round_number)
             writer = f_d
             k = c.sft_samples
         # SFT step: f' = SFT(f, L + S_a), always from the base weights f
@@ -261,8 +261,11 @@ class Experiment:
 
         return self.once(name, train, self.save)
 
-    def dpo(self, name: str, policy: Path, pairs: list[PreferencePair]) -> Path:
-        """DPO(policy, reference = policy, pairs); without pairs, the policy itself."""
+    def dpo(self, name: str, policy: Path, pairs: list[PreferencePair], round_number: int) -> Path:
+        """DPO(policy, reference = policy, pairs); without pairs, the policy itself.
+
+        In later rounds most pairs are of earlier models: --size tiny then takes smaller steps.
+        """
         c = self.config
         if not pairs:
             return policy
@@ -270,7 +273,8 @@ class Experiment:
         def train() -> T5:
             model = load_flan_t5(policy, device=c.device)
             examples = make_pair_examples(pairs, self.tokenizer)
-            schedule = self.schedule(c.dpo_learning_rate, c.dpo_batch_size)
+            peak_rate = c.dpo_learning_rate * (c.later_ratio if round_number > 1 else 1)
+            schedule = self.schedule(peak_rate, c.dpo_batch_size)
             return train_dpo(model, examples, c.dpo_steps, c.beta, schedule, name, self.log)
 
         return self.once(name, train, self.save)

@@ -35,7 +35,7 @@ MAY_CHANGE = {  # when a run is continued: how much is run, and where it is comp
 AFTER_WARM_UP = {  # flags that the warm-up does not depend on
     *("dpo_samples", "sft_samples", "st_samples", "temperature", "top_k", "calculator"),
     *("max_similarity", "n_pairs", "percentile"),
-    *("dpo_steps", "dpo_learning_rate", "dpo_batch_size", "beta"),
+    *("dpo_steps", "dpo_learning_rate", "later_ratio", "dpo_batch_size", "beta"),
 }
 OURS = ("warm-up", "st", "dpo-st", "log.jsonl", "results.json", "results.md")
 

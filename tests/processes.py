@@ -45,7 +45,7 @@ def main() -> None:
     pairs = []
     for problem, other in zip(problems, problems[1:], strict=False):
         pairs.append(PreferencePair(problem.question, problem.rationale, other.rationale))
-    experiment.dpo("dpo", base, pairs)
+    experiment.dpo("dpo", base, pairs, 1)
     experiment.sample("samples.jsonl", base, 3)
     experiment.evaluate("evaluation.jsonl", base)
     for n in range(6):

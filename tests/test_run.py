@@ -542,6 +542,7 @@ def test_every_hyper_parameter_of_the_paper_is_a_flag_with_that_default():
     assert (config.temperature, config.top_k) == (0.7, 50)
     assert (config.sft_epochs, config.sft_learning_rate, config.sft_batch_size) == (8, 3e-4, 96)
     assert (config.dpo_steps, config.dpo_learning_rate, config.dpo_batch_size) == (150, 7e-7, 96)
+    assert config.later_ratio == 1
     assert (config.beta, config.max_similarity, config.n_pairs, config.percentile) == (
         0.1,
         0.7,

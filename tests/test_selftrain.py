@@ -507,8 +507,8 @@ class Notebook:
         self.note(name, "sft", given=list(problems))
         return f"sft {len(self.of('sft')) - 1}"
 
-    def dpo(self, name, policy, pairs):
-        self.note(name, "dpo", policy, given=pairs)
+    def dpo(self, name, policy, pairs, round_number):
+        self.note(name, "dpo", policy, round_number, given=pairs)
         return f"dpo of {policy}"
 
     def sample(self, name, model, k):
@@ -547,9 +547,9 @@ def test_algorithm_2_takes_its_steps_in_the_papers_order():
     """Line by line: pairs come from f', labels from f_d, and DPO and each round start from the newest f'."""
     assert notes_of("dpo-st").calls == [
         ("sft",), ("evaluate", "sft 0"),
-        ("sample", "sft 0", 5), ("pairs",), ("dpo", "sft 0"),
+        ("sample", "sft 0", 5), ("pairs",), ("dpo", "sft 0", 1),
         ("sample", "dpo of sft 0", 3), ("pseudo-labels",), ("sft",), ("evaluate", "sft 1"),
-        ("sample", "sft 1", 5), ("pairs",), ("dpo", "sft 1"),
+        ("sample", "sft 1", 5), ("pairs",), ("dpo", "sft 1", 2),
         ("sample", "dpo of sft 1", 3), ("pseudo-labels",), ("sft",), ("evaluate", "sft 2"),
     ]  # fmt: skip
 
@@ -752,7 +752,7 @@ def test_sft_starts_from_the_base_weights_every_time(base, tmp_path):
     first = shelf.stages.sft("first", SUMS[:6])
     shelf.stages.sft("between", SUMS[3:])
     shelf.stages.dpo(
-        "dpo", first, [PreferencePair(p.question, p.rationale, "no") for p in SUMS[:3]]
+        "dpo", first, [PreferencePair(p.question, p.rationale, "no") for p in SUMS[:3]], 1
     )
     again = shelf.stages.sft("again", SUMS[:6])
     assert first != again and same_bytes(weights(first), weights(again))
@@ -768,7 +768,7 @@ def test_dpo_starts_from_the_model_it_is_given_and_leaves_it_alone(base, tmp_pat
     policy = shelf.stages.sft("sft", SUMS)
     before = weights(policy)
     trained = shelf.stages.dpo(
-        "dpo", policy, [PreferencePair(p.question, p.rationale, "no") for p in SUMS[:5]]
+        "dpo", policy, [PreferencePair(p.question, p.rationale, "no") for p in SUMS[:5]], 1
     )
     assert trained != policy and same_bytes(weights(policy), before)
     for ours, start in zip(weights(trained), before):
@@ -785,8 +785,20 @@ def test_dpo_trains_on_all_pairs(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(selftrain, "train_dpo", fake)
     pairs = [PreferencePair(p.question, p.rationale, "no") for p in SUMS]
-    Shelf(base, tmp_path).stages.dpo("dpo", base, pairs)
+    Shelf(base, tmp_path).stages.dpo("dpo", base, pairs, 1)
     assert len(asked) == len(pairs)
+
+
+def test_later_dpo_steps_have_their_own_peak_rate(base, tmp_path):
+    """From round 2 on most pairs are of earlier models, and steps as large as the first round's overtrain on them; the
+    paper has one rate for all rounds, which is a ratio of 1."""
+    pairs = [PreferencePair(p.question, p.rationale, "no") for p in SUMS]
+    for ratio in (1, 0.3):
+        shelf = Shelf(base, tmp_path / str(ratio), changed(later_ratio=ratio, warmup_ratio=0))
+        for round_number in (1, 2, 3):
+            shelf.stages.dpo(f"dpo-{round_number}", base, pairs, round_number)
+        peaks = [log["learning_rate"] for log in shelf.logs if log["step"] == 1]
+        assert peaks == pytest.approx([1e-4, 1e-4 * ratio, 1e-4 * ratio])
 
 
 def test_without_pairs_the_dpo_step_is_skipped_and_says_so(base, tmp_path):
@@ -795,7 +807,7 @@ def test_without_pairs_the_dpo_step_is_skipped_and_says_so(base, tmp_path):
     shelf = Shelf(base, tmp_path)
     for _ in range(2):
         pairs = shelf.stages.pairs("pairs.jsonl", [[[]] * len(SUMS)])
-        assert shelf.stages.dpo("dpo", base, pairs) == base
+        assert shelf.stages.dpo("dpo", base, pairs, 1) == base
     [record] = shelf.logs
     assert record["kept"] == 0 and "DPO step is skipped" in record["note"]
 

@@ -1,10 +1,16 @@
-"""DPO's contribution at --size tiny: two controls, and table 3 (more samples for pseudo-labels).
+"""What DPO contributes at --size tiny, what else could do it, and how its numbers were chosen.
 
-    python -m tests.bench.ablations [--seeds 0 1 2] [--rounds 1] [--only NAME ...]
+    python -m tests.bench.ablations controls [--seeds 0 1 2] [--rounds 1] [--jobs 2]
+    python -m tests.bench.ablations table-3 [...]
+    python -m tests.bench.ablations choice --seeds 204 205 --rounds 3
 
-Each variant is run.py with different flags, or with DPO replaced by `likelihood` below. Two run at
-a time, in runs/ablations. The tables, one for each round, compare the variants with DPO-ST of the
-same seed in runs/tiny-seed-SEED. That run must exist; the variants share its warm-up.
+Each variant is run.py with different flags or one replaced function, in runs/ablations. The tables,
+one for each round, compare the variants with the unmodified run of the same seed, which must be in
+runs/tiny-seed-SEED; the variants share the stages that are the same in both.
+
+`choice` compares candidates for the defaults on other problems: 1,500 validation problems, which
+are in no other set. Its unmodified runs are made first. The seeds should not be those that are
+reported.
 """
 
 import argparse
@@ -15,24 +21,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import run
 import selftrain
 from data.folder import open_folder
-from data.problems import read_jsonl
+from data.problems import read_jsonl, write_jsonl
+from data.synthetic import make_datasets, make_problems
 from data.terminal import run_command
-from dpo import PairExample
+from dpo import PairExample, PreferencePair
 from model import T5
 from sft import Example, Schedule, sft_loss, train
-from tests.bench.report import config_of, interval, measure, spread
+from tests.bench.report import config_of, first_test, interval, measure, spread
 
-FLAGS = {  # run.py's flags, by variant
-    "winning rationales only": "",
-    "ST with 8 samples": "--method st --st-samples 8",  # as many as DPO-ST draws: 5 + 3
-    "5 samples for labels": "--sft-samples 5",  # this and the next: table 3
-    "10 samples for labels": "--sft-samples 10",
-}
+SMALL = 25  # DPO steps from the second round on, in the variants with fewer
 
 
 def likelihood(
@@ -52,81 +55,166 @@ def likelihood(
     return train(policy, winning, n_steps, sft_loss, schedule, name, log, dropout=False)
 
 
-def run_variant(variant: str) -> None:
+class FewerSteps(selftrain.Experiment):
+    """The DPO step has fewer steps from the second round on."""
+
+    def dpo(self, name: str, policy: Path, pairs: list[PreferencePair], round_number: int) -> Path:
+        steps = SMALL if round_number > 1 else self.config.dpo_steps
+        config = argparse.Namespace(**vars(self.config) | {"dpo_steps": steps})
+        brief = selftrain.Experiment(**vars(self) | {"config": config})
+        return brief.dpo(name, policy, pairs, round_number)
+
+
+class FreshPairs(FewerSteps):
+    """The same, and D is drawn afresh in every round, as Algorithm 2 says."""
+
+    def pairs(self, name: str, rounds: list[selftrain.Rationales]) -> list[PreferencePair]:
+        return super().pairs(name, rounds[-1:])
+
+
+@dataclass
+class Variant:
+    """What a variant changes, and which of its stages are those of the unmodified run."""
+
+    flags: str = ""
+    shared: Sequence[str] = ("warm-up",)
+    train_dpo: Callable = selftrain.train_dpo
+    experiment: type = selftrain.Experiment
+
+
+FIRST = "dpo-st/round-1"
+DPO_STEP = ("warm-up", *(f"{FIRST}/{name}" for name in ("samples-for-pairs.jsonl", "dpo")))
+SETS = {
+    "controls": {
+        "winning rationales only": Variant(
+            train_dpo=likelihood, shared=["warm-up", f"{FIRST}/samples-for-pairs.jsonl"]
+        ),
+        "ST with 8 samples": Variant("--method st --st-samples 8"),  # as many as DPO-ST: 5 + 3
+    },
+    "table-3": {
+        "K = 5": Variant("--sft-samples 5", DPO_STEP),
+        "K = 10": Variant("--sft-samples 10", DPO_STEP),
+    },
+    "choice": {
+        "ST": Variant("--method st"),
+        "1e-4 in every round": Variant("--later-ratio 1", ["warm-up", FIRST]),
+        "25 steps from round 2 on": Variant(
+            "--later-ratio 1", ["warm-up", FIRST], experiment=FewerSteps
+        ),
+        "the same, pairs of this round alone": Variant(
+            "--later-ratio 1", ["warm-up", FIRST], experiment=FreshPairs
+        ),
+        "5e-5 in every round": Variant("--later-ratio 1 --dpo-learning-rate 5e-5"),
+        "beta 1, 1e-4 in every round": Variant("--later-ratio 1 --beta 1"),
+    },
+}
+
+
+def find_variant(name: str) -> Variant:
+    return next(variants[name] for variants in SETS.values() if name in variants)
+
+
+def run_variant(name: str) -> None:
     """Run run.py in this process with the variant's changes; it parses the remaining arguments."""
-    if variant == "winning rationales only":
-        selftrain.train_dpo = likelihood
-    run.open_folder = open_with_warm_up
+    variant = find_variant(name)
+    selftrain.train_dpo = variant.train_dpo
+    run.Experiment = variant.experiment
+
+    @contextmanager
+    def open_with_shared(folder: Path, config: dict, problems: object, base: Path) -> Iterator[None]:
+        with open_folder(folder, config, problems, base):
+            for stage in variant.shared:
+                theirs, ours = usual_folder(config["seed"], config["labeled"]) / stage, folder / stage
+                ours.parent.mkdir(parents=True, exist_ok=True)
+                if theirs.is_dir():
+                    shutil.copytree(theirs, ours, dirs_exist_ok=True)
+                else:
+                    shutil.copyfile(theirs, ours)
+            yield
+
+    run.open_folder = open_with_shared
     run.main()
 
 
-@contextmanager
-def open_with_warm_up(folder: Path, config: dict, problems: object, base: Path) -> Iterator[None]:
-    """Start a variant's folder with the warm-up of the run that it is compared with."""
-    with open_folder(folder, config, problems, base):
-        usual = usual_folder(config["seed"]) / "warm-up"
-        shutil.copytree(usual, folder / "warm-up", dirs_exist_ok=True)
-        yield
+def folder_of(name: str, seed: int) -> Path:
+    return Path("runs") / "ablations" / f"{name.replace(' ', '-')}-seed-{seed}"
 
 
-def folder_of(variant: str, seed: int) -> Path:
-    return Path("runs") / "ablations" / f"{variant.replace(' ', '-')}-seed-{seed}"
-
-
-def usual_folder(seed: int) -> Path:
+def usual_folder(seed: int, validation: object) -> Path:
     """The unmodified run that the variants of this seed are compared with."""
+    if validation:
+        return folder_of("as it is", seed)
     return Path("runs") / f"tiny-seed-{seed}"
 
 
-def start(job: tuple[str, int, int]) -> None:
-    """Run a variant, with a seed and a number of rounds, in a new process."""
-    variant, seed, rounds = job
-    command = [sys.executable, "-m", "tests.bench.ablations", "--variant", variant]
-    command += ["--method", "dpo-st", "--rounds", str(rounds), "--seed", str(seed)]
-    command += ["--n-test", str(config_of(usual_folder(seed)).n_test)]
-    command += FLAGS[variant].split()
-    command += ["--out", str(folder_of(variant, seed))]
-    done = subprocess.run(command, capture_output=True, text=True)
+def validation_flags(seed: int) -> list[str]:
+    """Write L and U of a seed's usual run, and 1,500 validation problems; run.py's flags for them."""
+    defaults = run.parse_args([])
+    L, U, tests = make_datasets(defaults.n_labeled, defaults.n_unlabeled, 2000, seed)
+    seen = {problem.question for problem in [*L, *U, *tests["held-out"], *tests["dev"]]}
+    sets = {"labeled": L, "unlabeled": [replace(problem, rationale=None) for problem in U]}
+    sets["validation"] = make_problems(1500, "validation", exclude=seen)
+    folder = folder_of("problems", seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, problems in sets.items():
+        write_jsonl([asdict(problem) for problem in problems], folder / f"{name}.jsonl")
+    flags = ["--labeled", f"{folder}/labeled.jsonl", "--unlabeled", f"{folder}/unlabeled.jsonl"]
+    return [*flags, "--test", f"validation={folder}/validation.jsonl"]
+
+
+def start(command: list[str], name: str, seed: int) -> None:
+    """Run a variant or an unmodified run in a new process."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     result = done.stderr[-300:] if done.returncode else "done"
-    print(f"{variant}, seed {seed}: {result}", file=sys.stderr, flush=True)
+    print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
 
 
-def method_of(variant: str) -> str:
-    return "st" if "--method st" in FLAGS[variant] else "dpo-st"
+def method_of(name: str) -> str:
+    return "st" if "--method st" in find_variant(name).flags else "dpo-st"
 
 
 def look_up(folders: Sequence[Path], stage: str) -> dict[str, list[float]]:
-    """The table's numbers for each run: accuracy in %, pseudo-labels, correct samples in %."""
-    numbers: dict[str, list[float]] = {"accuracy": [], "labels": [], "correct": []}
+    """The table's numbers for each run: accuracy in %, pseudo-labels, samples in %."""
+    numbers: dict[str, list[float]] = {}
     for folder in folders:
-        groups = measure(folder)[stage]
-        numbers["accuracy"].append(groups["accuracy"]["held-out"])
-        numbers["labels"].append(len(read_jsonl(folder / stage / "pseudo-labels.jsonl")))
-        numbers["correct"].append(groups["after"]["pass@1"])
+        found = measure(folder)
+        groups = found[stage]
+        before = groups.get("before", {})
+        values = {
+            "accuracy": groups["accuracy"][first_test([found])],
+            "labels": len(read_jsonl(folder / stage / "pseudo-labels.jsonl")),
+            "before": before.get("pass@1"),
+            "correct": groups["after"]["pass@1"],
+            "unanswered before": before.get("without an answer"),
+            "unanswered": groups["after"]["without an answer"],
+        }
+        for name, value in values.items():
+            if value is not None:
+                numbers.setdefault(name, []).append(value)
     return numbers
 
 
 def print_row(name: str, numbers: dict[str, list[float]], difference: str) -> None:
+    means = {name: f"{statistics.mean(values):.1f}" for name, values in numbers.items()}
+    correct = f"{means.get('before', '')} -> {means['correct']}"
+    unanswered = f"{means.get('unanswered before', '')} -> {means['unanswered']}"
     accuracy = spread(numbers["accuracy"])
-    labels = statistics.mean(numbers["labels"])
-    correct = statistics.mean(numbers["correct"])
-    print(f"| {name} | {accuracy} | {difference} | {labels:.0f} | {correct:.1f} % |")
+    print(f"| {name} | {accuracy} | {difference} | {means['labels']} | {correct} | {unanswered} |")
 
 
-def print_round(number: int, seeds: Sequence[int], variants: Sequence[str]) -> None:
+def print_round(number: int, seeds: Sequence[int], names: Sequence[str], validation: bool) -> None:
     """Print the table after a round."""
-    print(f"\nRound {number}, {len(seeds)} seeds:\n")
-    print("| variant | accuracy | minus the method as it is | pseudo-labels | correct samples |")
-    print("|---|---|---|---|---|")
-    usual = look_up([usual_folder(seed) for seed in seeds], f"dpo-st/round-{number}")
+    print(f"\nRound {number}, {len(seeds)} seeds; before -> after the DPO step in % of samples:\n")
+    print("| | accuracy | minus the method as it is | pseudo-labels | correct | without an answer |")
+    print("|---|---|---|---|---|---|")
+    usual_folders = [usual_folder(seed, validation) for seed in seeds]
+    usual = look_up(usual_folders, f"dpo-st/round-{number}")
     print_row("as it is", usual, "")
-    for variant in variants:
-        stage = f"{method_of(variant)}/round-{number}"
-        numbers = look_up([folder_of(variant, seed) for seed in seeds], stage)
-        differences = []
-        for ours, theirs in zip(numbers["accuracy"], usual["accuracy"], strict=True):
-            differences.append(ours - theirs)
-        print_row(variant, numbers, interval(differences))
+    for name in names:
+        folders = [folder_of(name, seed) for seed in seeds]
+        numbers = look_up(folders, f"{method_of(name)}/round-{number}")
+        pairs = zip(numbers["accuracy"], usual["accuracy"], strict=True)
+        print_row(name, numbers, interval([ours - theirs for ours, theirs in pairs]))
 
 
 def main() -> None:
@@ -138,22 +226,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("variants", choices=SETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=list(FLAGS), choices=FLAGS)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
-    for seed in args.seeds:
-        last = usual_folder(seed) / f"dpo-st/round-{args.rounds}" / "evaluation.jsonl"
-        if not last.exists():
-            parser.error(f"{last} is not there, to compare the variants with")
+    names = list(SETS[args.variants])
+    validation = args.variants == "choice"
+    usual_jobs = []
     jobs = []
     for seed in args.seeds:
-        for variant in args.only:
-            jobs.append((variant, seed, args.rounds))
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(start, jobs))
+        usual = usual_folder(seed, validation)
+        common = ["--method", "dpo-st", "--rounds", str(args.rounds), "--seed", str(seed)]
+        if validation:
+            common += validation_flags(seed)
+            usual_jobs.append((["run.py", *common, "--out", str(usual)], "as it is", seed))
+        elif not (usual / f"dpo-st/round-{args.rounds}" / "evaluation.jsonl").exists():
+            parser.error(f"{usual} is not there, to compare the variants with")
+        else:
+            common += ["--n-test", str(config_of(usual).n_test)]
+        for name in names:
+            command = ["-m", "tests.bench.ablations", "--variant", name, *common]
+            command += [*find_variant(name).flags.split(), "--out", str(folder_of(name, seed))]
+            jobs.append((command, name, seed))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(start, *zip(*usual_jobs))) if usual_jobs else None
+        list(pool.map(start, *zip(*jobs)))
     for number in range(1, args.rounds + 1):
-        print_round(number, args.seeds, args.only)
+        print_round(number, args.seeds, names, validation)
 
 
 if __name__ == "__main__":
