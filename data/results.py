@@ -91,8 +91,12 @@ def make_table(evaluations: dict[str, list[dict]], config: argparse.Namespace) -
 
 
 def half_width(share: float, n: int) -> float:
-    """Half of the 95 % interval of an accuracy in %, by its standard error."""
-    return 1.96 * math.sqrt(share * (100 - share) / n)
+    """Half of the 95 % interval of an accuracy in %. Source: Agresti and Coull (1998).
+
+    Two right and two wrong answers are added; otherwise it would be 0 if all or none are right.
+    """
+    share = (share * n + 200) / (n + 4)
+    return 1.96 * math.sqrt(share * (100 - share) / (n + 4))
 
 
 # ------------------------------------------------------------------------------------ closing words

@@ -121,10 +121,15 @@ def run_variant(name: str) -> None:
     run.Experiment = variant.experiment
 
     @contextmanager
-    def open_with_shared(folder: Path, config: dict, problems: object, base: Path) -> Iterator[None]:
+    def open_with_shared(
+        folder: Path, config: dict, problems: object, base: Path
+    ) -> Iterator[None]:
         with open_folder(folder, config, problems, base):
             for stage in variant.shared:
-                theirs, ours = usual_folder(config["seed"], config["labeled"]) / stage, folder / stage
+                theirs, ours = (
+                    usual_folder(config["seed"], config["labeled"]) / stage,
+                    folder / stage,
+                )
                 ours.parent.mkdir(parents=True, exist_ok=True)
                 if theirs.is_dir():
                     shutil.copytree(theirs, ours, dirs_exist_ok=True)
@@ -205,7 +210,9 @@ def print_row(name: str, numbers: dict[str, list[float]], difference: str) -> No
 def print_round(number: int, seeds: Sequence[int], names: Sequence[str], validation: bool) -> None:
     """Print the table after a round."""
     print(f"\nRound {number}, {len(seeds)} seeds; before -> after the DPO step in % of samples:\n")
-    print("| | accuracy | minus the method as it is | pseudo-labels | correct | without an answer |")
+    print(
+        "| | accuracy | minus the method as it is | pseudo-labels | correct | without an answer |"
+    )
     print("|---|---|---|---|---|---|")
     usual_folders = [usual_folder(seed, validation) for seed in seeds]
     usual = look_up(usual_folders, f"dpo-st/round-{number}")

@@ -19,7 +19,7 @@ from data.terminal import run_command
 from run import load_data
 from selftrain import Experiment
 from tests.bench.drawing import RED, add_plain_style, new_figure, save_figures
-from tests.bench.report import chances, config_of, count_labels, interval, print_rows, spread
+from tests.bench.report import chances, config_of, count_labels, interval, spread, table
 from tokenizer import Tokenizer
 
 NAMES = ("greedy Pass@1 (%)", "Pass@10 (%)", "pseudo-labels")
@@ -95,7 +95,7 @@ def main() -> None:
         after = [run["after"][number] for run in found]
         differences = [two - one for one, two in zip(before, after, strict=True)]
         rows.append([name, spread(before), spread(after), interval(differences)])
-    print_rows(["", "before DPO", "after DPO", "difference"], rows)
+    print(table(["", "before DPO", "after DPO", "difference"], rows))
     if args.out and add_plain_style():
         save_figures({"dpo-step": draw(found)}, args.out)
 

@@ -1,9 +1,9 @@
 """One page about one run, to look at: RUN/report.html, one file without network or script.
 
-The closing words, the pictures, what samples are like in each round, and questions followed through
-all rounds: every sample, which were dropped as duplicates of which, the pairs and pseudo-labels
-made of them, and the answers to test questions after each round. Everything that comes from a
-run's files is escaped.
+The closing words, the tables of report.py, the pictures, and questions followed through all rounds:
+every sample, which were dropped as duplicates of which, the pairs and pseudo-labels made of them,
+and the answers to test questions after each round. Everything that comes from a run's files is
+escaped.
 """
 
 import html
@@ -49,10 +49,18 @@ def list_of(items: Sequence[tuple[str, str]]) -> str:
     return f"<ul>{rows}</ul>" if items else '<p class="note">none</p>'
 
 
-def table_of(markdown: str) -> str:
-    """A table of results.md as HTML."""
-    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line[:1] == "|"]
-    header, _, *body = rows
+def to_html(markdown: str) -> str:
+    """A block of Markdown as HTML: a table, or lines followed by a list."""
+    lines = markdown.splitlines()
+    if lines[:1] and lines[0].startswith("|"):
+        return table_of(lines)
+    heads = [html.escape(line) for line in lines if not line.startswith("- ")]
+    items = [("", marked(line[2:])) for line in lines if line.startswith("- ")]
+    return (f"<p>{'<br>'.join(heads)}</p>" if heads else "") + (list_of(items) if items else "")
+
+
+def table_of(lines: Sequence[str]) -> str:
+    header, _, *body = [line[2:-2].split(" | ") for line in lines]
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     for row in body:
         cells += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -192,18 +200,15 @@ def answers(evaluations: dict[str, list[dict]]) -> str:
 # --------------------------------------------------------------------------------------------- page
 
 
-def write_page(folder: Path, config, found: dict[str, dict], figures: Path) -> Path:
-    """Write RUN/report.html. found: of report.measure. figures: a folder with pictures, if any."""
+def write_page(folder: Path, config, blocks: Sequence[str], figures: Path) -> Path:
+    """Write RUN/report.html. blocks: of report.main, Markdown. figures: a folder, if there is one."""
     evaluations = read_evaluations(folder)
     rounds = read_rounds(folder)
     tokenizer = Tokenizer(folder / "warm-up" / "sft")
     title = html.escape(f"Flan-T5 {config.size}, seed {config.seed}: {folder.name}")
-    parts = [f"<h1>{title}</h1>", table_of(make_table(evaluations, config))]
-    for block in closing_words(evaluations, calculate).split("\n\n"):
-        lines = [line for line in block.splitlines() if line]
-        heads = [html.escape(line) for line in lines if not line.startswith("- ")]
-        items = [("", marked(line[2:])) for line in lines if line.startswith("- ")]
-        parts.append(f"<p>{'<br>'.join(heads)}</p>" + (list_of(items) if items else ""))
+    words = f"{make_table(evaluations, config)}\n{closing_words(evaluations, calculate)}"
+    parts = [f"<h1>{title}</h1>", *map(to_html, words.split("\n\n"))]
+    parts += ["<h2>Tables</h2>", *map(to_html, blocks)]
     pictures = ""
     for path in sorted(figures.glob("*.svg")) if figures.is_dir() else ():
         picture = path.read_text(encoding="utf-8").partition("<svg")[2]
@@ -214,7 +219,6 @@ def write_page(folder: Path, config, found: dict[str, dict], figures: Path) -> P
         pictures += f"<figcaption>{name}</figcaption></figure>"
     if pictures:
         parts.append(f'<h2>Pictures</h2><div class="panels">{pictures}</div>')
-    parts.append("<h2>Samples on U</h2>" + samples_table(found))
     if rounds:
         parts.append("<h2>Questions of U, followed through all rounds</h2>")
         rows = next(iter(rounds.values()))["samples for labels"]
@@ -229,17 +233,3 @@ def write_page(folder: Path, config, found: dict[str, dict], figures: Path) -> P
     page = f"<!DOCTYPE html><html lang=en><head>{head}<style>{CSS}</style></head><body>{''.join(parts)}</body></html>\n"
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
-
-
-def samples_table(found: dict[str, dict]) -> str:
-    """pass@1, pass@k and more, before and after the DPO step of each round."""
-    lines = []
-    for stage, groups in found.items():
-        for group, purpose in (("before", "pairs"), ("after", "labels")):
-            if group in groups:
-                numbers = groups[group]
-                if not lines:
-                    lines = [f"| samples | {' | '.join(numbers)} |", "|---|"]
-                cells = " | ".join(f"{value:.1f}" for value in numbers.values())
-                lines.append(f"| {stage}, for {purpose} | {cells} |")
-    return table_of("\n".join(lines)) if lines else ""

@@ -2,9 +2,11 @@
 
     python -m tests.bench.report runs/tiny-seed-? [--out DIR]
 
-Runs that differ only in the seed are merged: mean ± standard deviation. The accuracies of a single
-run get a 95 % interval instead. pass@k is an unbiased estimate from the n >= k rationales that the
-run drew for each question of U. Figures are written as PNG and SVG if matplotlib is installed.
+Prints them, and writes RUN/report.html in the first folder (tests/bench/page.py). Runs that differ
+only in the seed are merged: mean ± standard deviation; a single run's accuracies get half of their
+95 % interval instead. Runs with other flags than the first are compared with it. pass@k is an
+unbiased estimate from the n >= k rationales drawn for each question of U. Figures are written as
+PNG and SVG if matplotlib is installed.
 """
 
 import argparse
@@ -19,23 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import run
-from calculator import calculate
 from data.folder import MAY_CHANGE, read_run_config
 from data.problems import Problem, read_jsonl
-from data.results import accuracies, compare, read_evaluations
+from data.results import accuracies, compare, half_width, read_evaluations
 from data.terminal import run_command
 from selftrain import MAX_SIMILARITY, extract_answer, jaccard, make_pseudo_labels, pass_at_k
-from tests.bench.drawing import (
-    BLUE,
-    GREEN,
-    PINK,
-    RED,
-    add_legend,
-    add_plain_style,
-    draw_band,
-    new_figure,
-    save_figures,
-)
+from tests.bench import drawing
+from tests.bench.drawing import BLUE, GREEN, PINK, RED, add_legend, draw_band, new_figure
 from tests.bench.page import write_page
 from tokenizer import Tokenizer, format_rationale
 
@@ -71,20 +63,6 @@ def interval(differences: Sequence[float]) -> str:
     t = T_95[min(n - 2, len(T_95) - 1)]
     half = t * statistics.stdev(differences) / math.sqrt(n)
     return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
-
-
-def wilson(n_right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of the share n_right / n. Source: Wilson (1927).
-
-    It contains every share p that is within 1.96 of its own standard errors, sqrt(p * (1 - p) / n),
-    of the observed share.
-    """
-    z = 1.96
-    share = n_right / n
-    scale = 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / scale
-    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 # --------------------------------------------------------------------------------- reading a folder
@@ -124,11 +102,6 @@ def calculations(rationale: str) -> list[str]:
     return re.findall(r"\[ ([^\]]*)\]", rationale)
 
 
-def calculator_calls(rationale: str) -> list[str]:
-    """The calculator's inputs, including spaces: `[ 2 + 3 = 5]` -> 2 + 3."""
-    return re.findall(r"\[([^\[=]*)=", rationale)
-
-
 def has_answer(rationale: str, gold: float | str) -> bool:
     """Whether there is an answer, right or wrong."""
     if isinstance(gold, str):
@@ -146,27 +119,18 @@ def about_samples(rows: list[dict], tokenizer: Tokenizer, k: int) -> dict[str, f
     k = min(k, len(rows[0]["rationales"]))
     n = 0
     n_without = 0
-    n_cut = 0
-    calls = []
     similarities = []
     for row in rows:
         n += len(row["rationales"])
-        n_cut += row["finished"].count(False)
-        for rationale in row["rationales"]:
-            calls += calculator_calls(rationale)
-            n_without += not has_answer(rationale, row["answer"])
+        n_without += sum(not has_answer(text, row["answer"]) for text in row["rationales"])
         pieces = [tokenizer.piece_set(rationale) for rationale in row["rationales"]]
         for one, other in itertools.combinations(pieces, 2):
             similarities.append(jaccard(one, other))
-    n_refused = sum(calculate(call) is None for call in calls)
     return {
         "pass@1": 100 * statistics.mean(chances(rows, 1)),
         f"pass@{k}": 100 * statistics.mean(chances(rows, k)),
         "similarity of two (Jaccard)": 100 * statistics.mean(similarities or [1]),
-        "calculator calls per rationale": len(calls) / n,
-        "calls that do not evaluate": 100 * n_refused / max(1, len(calls)),
         "without an answer": 100 * n_without / n,
-        "cut at the limit": 100 * n_cut / n,
     }
 
 
@@ -257,23 +221,13 @@ def first_test(runs: list[dict]) -> str:
 
 def stages_of(runs: list[dict]) -> list[str]:
     """All stages that any run has, in order."""
-    stages = []
-    for found in runs:
-        for stage in found:
-            if stage not in stages:
-                stages.append(stage)
-    return stages
+    return list(dict.fromkeys(stage for found in runs for stage in found))
 
 
 def columns_of(runs: list[dict], group: str) -> list[str]:
     """The names of all numbers of a group that any run has, in order."""
-    columns = []
-    for found in runs:
-        for groups in found.values():
-            for name in groups.get(group, {}):
-                if name not in columns:
-                    columns.append(name)
-    return columns
+    stages = [groups for found in runs for groups in found.values()]
+    return list(dict.fromkeys(name for groups in stages for name in groups.get(group, {})))
 
 
 def write_cell(runs: list[dict], stage: str, group: str, name: str) -> str:
@@ -281,33 +235,26 @@ def write_cell(runs: list[dict], stage: str, group: str, name: str) -> str:
     values = values_of(runs, stage, group, name)
     if not values:
         return ""
-    text = spread(values)
     if group == "accuracy" and len(runs) == 1:
-        n = runs[0][stage]["problems"][name]
-        low, high = wilson(round(values[0] * n / 100), n)
-        text += f" ({100 * low:.1f} to {100 * high:.1f})"
-    return text
+        return f"{values[0]:.1f} ± {half_width(values[0], runs[0][stage]['problems'][name]):.1f}"
+    return spread(values)
 
 
-def print_rows(header: list[str], rows: list[list[str]]) -> None:
-    """Print a table in Markdown; rows without numbers are left out."""
-    print(f"| {' | '.join(header)} |")
-    print("|---" * len(header) + "|")
-    for row in rows:
-        if any(row[1:]):
-            print(f"| {' | '.join(row)} |")
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown; rows without numbers are left out."""
+    lines = [header, ["---"] * len(header), *(row for row in rows if any(row[1:]))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def print_table(title: str, runs: list[dict], group: str) -> None:
-    """Print a row for each stage, a column for each number of the group; nothing if it is empty."""
+def stage_table(title: str, runs: list[dict], group: str) -> list[str]:
+    """A row for each stage, a column for each number of the group; nothing if it is empty."""
     columns = columns_of(runs, group)
     if not columns:
-        return
-    print(f"\n{title}\n")
+        return []
     rows = []
     for stage in stages_of(runs):
         rows.append([stage] + [write_cell(runs, stage, group, name) for name in columns])
-    print_rows(["", *columns], rows)
+    return [title, table(["", *columns], rows)]
 
 
 def paired_differences(runs: list[dict], stage: str, other: str) -> list[float]:
@@ -322,30 +269,63 @@ def paired_differences(runs: list[dict], stage: str, other: str) -> list[float]:
     return differences
 
 
-def print_differences(runs: list[dict]) -> None:
-    """Print the gains of self-training, and those of DPO-ST over ST."""
-    print()
+def list_differences(runs: list[dict]) -> str:
+    """The gains of self-training, and those of DPO-ST over ST."""
+    lines = []
     stages = stages_of(runs)
     for stage in stages[1:]:
         gains = paired_differences(runs, stage, "warm-up")
         if gains:
-            print(f"{stage} minus SFT: {interval(gains)} points")
+            lines.append(f"- {stage} minus SFT: {interval(gains)} points")
     for stage in stages:
         method, _, place = stage.partition("/")
         gains = paired_differences(runs, f"dpo-st/{place}", stage)
         if method == "st" and gains:
-            print(f"DPO-ST minus ST, {place.replace('-', ' ')}: {interval(gains)} points")
+            lines.append(f"- DPO-ST minus ST, {place.replace('-', ' ')}: {interval(gains)} points")
+    return "\n".join(lines)
 
 
-def print_tables(runs: list[dict]) -> None:
+def describe_runs(runs: list[dict]) -> list[str]:
+    """All tables of runs of one kind, as blocks of Markdown."""
     how = f"mean ± standard deviation over {len(runs)} runs"
     if len(runs) == 1:
-        how = "with the 95 % interval of a single run"
-    print_table(f"Greedy accuracy in %, {how}:", runs, "accuracy")
-    print_table("Right held-out answers, in % of these:", runs, "right answers")
-    print_table("Samples on U, drawn for pairs:", runs, "before")
-    print_table("Samples on U, drawn for pseudo-labels:", runs, "after")
-    print_differences(runs)
+        how = "± half of the 95 % interval of a single run"
+    return [
+        *stage_table(f"Greedy accuracy in %, {how}:", runs, "accuracy"),
+        list_differences(runs),
+        *stage_table("Right held-out answers, in % of these:", runs, "right answers"),
+        *stage_table("Samples on U, drawn for pairs:", runs, "before"),
+        *stage_table("Samples on U, drawn for pseudo-labels:", runs, "after"),
+    ]
+
+
+def compare_kinds(folders: list[Path], kinds: list[dict]) -> list[str]:
+    """The flags in which runs differ, and the problems that each gains and loses.
+
+    A run is compared with the run of the first kind that has its seed, or else with the first run.
+    Raises ValueError if they were tested on different problems.
+    """
+    names = [name for name in kinds[0] if len({str(kind.get(name)) for kind in kinds}) > 1]
+    rows = [[name, *(str(kind.get(name)) for kind in kinds)] for name in names]
+    blocks = ["Runs that differ in flags:", table(["flag", *map(str, folders)], rows)]
+    first = {}
+    for folder, kind in zip(folders, kinds):
+        if kind == kinds[0]:
+            first[config_of(folder).seed] = folder
+    for folder, kind in zip(folders, kinds):
+        if kind == kinds[0]:
+            continue
+        usual = first.get(config_of(folder).seed, folders[0])
+        ours, theirs = read_evaluations(folder), read_evaluations(usual)
+        lines = []
+        for stage in [stage for stage in ours if stage in theirs]:
+            asked = [[row["question"] for row in run[stage]] for run in (ours, theirs)]
+            if asked[0] != asked[1]:
+                raise ValueError(f"{folder} was tested on other problems than {usual}")
+            lines.append(f"- {stage}: {compare(theirs[stage], ours[stage])}")
+        test = next(iter(ours.values()))[0]["test"]
+        blocks += [f"{folder} against {usual}, {test}:", "\n".join(lines)]
+    return blocks
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -387,13 +367,10 @@ def draw_rounds(runs: list[dict], lines: Sequence[tuple[str, str, str]]):
 
 def add_intervals(axes, found: dict, method: str, test: str, shares: Sequence[float]) -> None:
     """The 95 % intervals of a single run's accuracies, as bars."""
-    n = found["warm-up"]["problems"][test]
-    bounds = [wilson(round(share * n / 100), n) for share in shares]
-    low = [share - 100 * bound[0] for share, bound in zip(shares, bounds)]
-    high = [100 * bound[1] - share for share, bound in zip(shares, bounds)]
+    halves = [half_width(share, found["warm-up"]["problems"][test]) for share in shares]
     shift = 0.03 * list(NAMES).index(method)  # side by side
     places = [number + shift for number in range(len(shares))]
-    axes.errorbar(places, shares, (low, high), fmt="none", color=COLORS[method], alpha=0.5)
+    axes.errorbar(places, shares, halves, fmt="none", color=COLORS[method], alpha=0.5)
 
 
 def draw_logged(
@@ -464,7 +441,7 @@ def read_log(path: Path) -> list[dict]:
 
 def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
     """Write all figures that these runs have data for."""
-    if not add_plain_style():
+    if not drawing.add_plain_style():
         return
     logs = [read_log(folder / "log.jsonl") for folder in folders]
     figures = {
@@ -476,27 +453,7 @@ def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
         with_it = ("dev", ", with calculator", "-")
         without = ("dev without calculator", ", without calculator", "--")
         figures["calculator"] = draw_rounds(runs, [with_it, without])
-    save_figures(figures, out)
-
-
-# -------------------------------------------------------------------------- runs that differ in flags
-
-
-def compare_runs(folders: list[Path], kinds: list[dict]) -> None:
-    """The flags in which runs differ, and the problems each gains and loses against the first."""
-    names = [n for n in kinds[0] if len({str(kind.get(n)) for kind in kinds}) > 1]
-    rows = [[name, *(str(kind.get(name)) for kind in kinds)] for name in names]
-    print_rows(["flag", *map(str, folders)], rows)
-    evaluations = [read_evaluations(folder) for folder in folders]
-    first, *others = evaluations
-    for folder, other in zip(folders[1:], others):
-        print(f"\n{folder} against {folders[0]}, {next(iter(first.values()))[0]['test']}:\n")
-        for stage, rows in other.items():
-            if stage in first:
-                asked = [row["question"] for row in rows]
-                if asked != [row["question"] for row in first[stage]]:
-                    raise ValueError(f"{folder} was tested on other problems than {folders[0]}")
-                print(f"{stage}: {compare(first[stage], rows)}")
+    drawing.save_figures(figures, out)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -530,19 +487,17 @@ def main(argv: list[str] | None = None) -> None:
     if not folders:
         sys.exit("report: nothing to report: give folders of runs")
     kinds = [kind_of(config_of(folder)) for folder in folders]
+    merged = [folder for folder, kind in zip(folders, kinds) if kind == kinds[0]]
+    if len({config_of(folder).seed for folder in merged}) < len(merged):
+        sys.exit("report: two of these runs have one seed: give one run for each seed")
     try:
-        if any(kind != kinds[0] for kind in kinds):
-            compare_runs(folders, kinds)
-            return
-        seeds = {config_of(folder).seed for folder in folders}
-        if len(seeds) < len(folders):
-            sys.exit("report: two of these runs have one seed: give one run for each seed")
-        runs = [measure(folder) for folder in folders]
-        print_tables(runs)
+        blocks = compare_kinds(folders, kinds) if len(merged) < len(folders) else []
+        runs = [measure(folder) for folder in merged]
+        blocks += describe_runs(runs)
+        print("\n\n".join(block for block in blocks if block))
         out = args.out or folders[0] / "figures"
-        draw(folders, runs, out)
-        for folder, found in zip(folders, runs, strict=True):
-            print(f"A page: {write_page(folder, config_of(folder), found, out)}")
+        draw(merged, runs, out)
+        print(f"A page: {write_page(folders[0], config_of(folders[0]), blocks, out)}")
     except (OSError, ValueError) as error:
         sys.exit(f"report: {error}")
 
