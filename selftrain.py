@@ -90,7 +90,7 @@ def split_samples(rationales: Sequence[str], answer: float | str) -> tuple[list[
 
 
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
-    """Similarity |a & b| / |a | b| of two sets of tokenizer pieces, 1 when both are empty.
+    """Similarity of two sets of tokenizer pieces, from 0 to 1; 1 when both are empty.
 
     >>> jaccard(frozenset("abc"), frozenset("bcd"))
     0.5

@@ -1,5 +1,6 @@
 """Shared by all tests: the repository on the path, a single thread, and the folders of real data where they exist."""
 
+import inspect
 import os
 import signal
 import sys
@@ -47,6 +48,15 @@ def signals():
         signal.signal(number, handler)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # Python's own choice
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Below a test that fails, say in words what was wanted: its docstring."""
+    report = (yield).get_result()
+    words = inspect.getdoc(getattr(item, "function", None)) or ""
+    if report.failed and words:
+        report.sections.append(("what was wanted", f"{item.name}: {words}"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

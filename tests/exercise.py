@@ -1,7 +1,13 @@
 """Exercises: a copy of this project in which you write one function, and the tests that grade it.
 
-python -m tests.exercise                 # the list
-python -m tests.exercise 7 ~/dpo         # exercise 7 in a new folder; this project is not changed
+    python -m tests.exercise                  # the list
+    python -m tests.exercise 7 ../my-dpo      # exercise 7 in a new folder; EXERCISE.md is the task
+    python -m tests.exercise 7 10 ../hw       # two exercises in one copy
+    python -m tests.exercise 7 --hint         # print the hint
+    python -m tests.exercise 7 10 --grade FOLDER    # FOLDER/NAME/: what each student hands in
+
+Without numbers, --grade grades the exercises that each student's EXERCISE.md names. It prints a
+table and writes FOLDER/grades.csv. This project itself is never changed.
 """
 
 import argparse
@@ -9,12 +15,16 @@ import ast
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.terminal import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES = ("*.py", "*.md", "*.txt", "*.ini", "*.toml", "LICENSE", "data", "tests")
+KEPT_BACK = ("tests/test_exercise.py", "tests/teaching.md")  # they hold answers
+TASK = "EXERCISE.md"
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,11 @@ class Exercise:
     hint: str
     after: str
     time: str = "1 hour"
+
+    @property
+    def options(self) -> str:
+        """Of pytest, to grade it."""
+        return f"-x -q --tb=short {self.tests}"
 
 
 EXERCISES = [
@@ -218,33 +233,72 @@ EXERCISES = [
 ]
 
 
-def empty(source: str, target: str, number: int) -> str:
-    """Replace a function's body, after its docstring, with an error; for `f:if`, the body of the first branch in f."""
-    path, _, branch = target.partition(":")
+def find(source: str, path: str) -> ast.FunctionDef:
+    """The definition of a function or method, `Class.method`, in a file's source."""
     nodes = ast.parse(source).body
     for name in path.split("."):
         node = next(node for node in nodes if getattr(node, "name", None) == name)
         nodes = node.body
+    return node
+
+
+def empty(source: str, target: str, number: int) -> str:
+    """Replace a function's body, after its docstring, with an error; for `f:if`, the first branch.
+
+    Formulas, which are indented in the docstring, and comments of its examples go, too.
+    """
+    path, _, branch = target.partition(":")
+    node = find(source, path)
+    body = node.body
+    documented = ast.get_docstring(node) is not None and not branch
     if branch:
-        node = next(inner for inner in ast.walk(node) if isinstance(inner, ast.If))
-        nodes = node.body
-    elif ast.get_docstring(node) is not None:
-        nodes = nodes[1:]
-    lines, first, last = source.splitlines(), nodes[0], nodes[-1]
+        body = next(inner for inner in ast.walk(node) if isinstance(inner, ast.If)).body
+    elif documented:
+        body = node.body[1:]
+    lines = source.splitlines()
     message = f'raise NotImplementedError("exercise {number}: {path} is yours to write")'
-    return (
-        "\n".join(
-            [
-                *lines[: first.lineno - 1],
-                " " * first.col_offset + message,
-                *lines[last.end_lineno :],
-            ]
-        )
-        + "\n"
-    )
+    lines[body[0].lineno - 1 : body[-1].end_lineno] = [" " * body[0].col_offset + message]
+    if documented:
+        text = node.body[0]
+        inside = slice(text.lineno, text.end_lineno - 1)
+        lines[inside] = without_formulas(lines[inside], text.col_offset)
+    return "\n".join(lines) + "\n"
 
 
-FILES = ("*.py", "*.md", "*.txt", "*.ini", "*.toml", "LICENSE", "data", "tests")
+def without_formulas(lines: list[str], indent: int) -> list[str]:
+    """A docstring's lines without those indented further, and examples without comments."""
+    kept: list[str] = []
+    for line in lines:
+        if ">>> " in line:
+            line = line.partition("  # ")[0]
+        is_formula = line.startswith(" " * (indent + 4))
+        is_second_blank = not line and kept[-1:] == [""]
+        if not is_formula and not is_second_blank:
+            kept.append(line)
+    return kept
+
+
+def restore(path: Path, original: Path, targets: Sequence[str], number: int) -> None:
+    """Put the project's own functions back where a student's file still has an exercise's stubs.
+
+    So one exercise can be graded while another one of the same copy is still to be written.
+    """
+    source = path.read_bytes().decode("utf-8", "replace")
+    solution = original.read_text(encoding="utf-8")
+    for target in targets:
+        name = target.partition(":")[0]
+        if f'"exercise {number}: {name} is yours to write"' not in source:
+            continue
+        try:
+            stub = find(source, name)
+        except (SyntaxError, ValueError, StopIteration):
+            return  # the tests will say what is wrong
+        written = find(solution, name)
+        lines = source.splitlines()
+        ours = solution.splitlines()[written.lineno - 1 : written.end_lineno]
+        lines[stub.lineno - 1 : stub.end_lineno] = ours
+        source = "\n".join(lines) + "\n"
+        path.write_text(source, encoding="utf-8")
 
 
 def copy(folder: Path) -> None:
@@ -256,67 +310,114 @@ def copy(folder: Path) -> None:
     for pattern in FILES:
         for path in sorted(ROOT.glob(pattern)):
             for source in [path] if path.is_file() else sorted(path.rglob("*")):
-                if source.is_file() and "__pycache__" not in source.parts:
-                    target = folder / source.relative_to(ROOT)
+                name = source.relative_to(ROOT)
+                wanted = "__pycache__" not in name.parts and name.as_posix() not in KEPT_BACK
+                if source.is_file() and wanted:
+                    target = folder / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, target)
 
 
-def prepare(number: int, folder: Path) -> Exercise:
-    """Make the copy for an exercise."""
+def describe(number: int, with_hint: bool) -> str:
+    """The task of an exercise, in Markdown."""
     exercise = EXERCISES[number - 1]
+    names = ", ".join(f"`{name.partition(':')[0]}`" for name in exercise.empty)
+    write = f"{names} in `{exercise.file}`" if names else f"an addition to `{exercise.file}`"
+    grade = "These tests grade it" if names else "These tests must still pass"
+    lines = [
+        f"# Exercise {number}: {exercise.title}",
+        f"Time: {exercise.time}, once you have read the paper.",
+        f"Read: {exercise.read}.",
+        f"Write: {write}.",
+        f"{grade} (the first one that fails says what was wanted):",
+        f"    python -m pytest {exercise.options}",
+        f"Then: {exercise.after}",
+    ]
+    if with_hint:
+        lines.append(f"Hint: {exercise.hint}")
+    return "\n\n".join(lines) + "\n"
+
+
+def prepare(numbers: Sequence[int], folder: Path, with_hint: bool = False) -> None:
+    """Make a copy in which these exercises are empty; EXERCISE.md holds their tasks."""
     copy(folder)
-    path = folder / exercise.file
-    for target in exercise.empty:
-        path.write_text(empty(path.read_text(encoding="utf-8"), target, number), encoding="utf-8")
-    return exercise
+    for number in numbers:
+        exercise = EXERCISES[number - 1]
+        path = folder / exercise.file
+        for target in exercise.empty:
+            text = empty(path.read_text(encoding="utf-8"), target, number)
+            path.write_text(text, encoding="utf-8")
+    files = dict.fromkeys(f"`{EXERCISES[number - 1].file}`" for number in numbers)
+    tasks = [describe(number, with_hint) for number in numbers]
+    tasks.append(
+        "Once, before the first test: `pip install -r requirements-test.txt`. "
+        f"Hand in {', '.join(files)}, and this file."
+    )
+    (folder / TASK).write_text("\n".join(tasks) + "\n", encoding="utf-8")
+
+
+def read_words(words: Sequence[str]) -> tuple[list[int], str]:
+    """`7 10 ../hw` -> [7, 10] and "../hw". Raises ValueError."""
+    numbers = []
+    folder = ""
+    for word in words:
+        if word.isdecimal() and not folder:
+            numbers.append(int(word))
+            if not 1 <= int(word) <= len(EXERCISES):
+                raise ValueError(f"there is no exercise {word}: name 1 to {len(EXERCISES)}")
+        elif folder:
+            raise ValueError(f"name one folder, after the numbers, not {folder} and {word}")
+        else:
+            folder = word
+    return list(dict.fromkeys(numbers)), folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.exercise",
+        usage="%(prog)s [NUMBER ...] [FOLDER] [--hint] [--grade FOLDER]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "number", type=int, nargs="?", choices=range(1, len(EXERCISES) + 1), metavar="NUMBER"
-    )
-    parser.add_argument(
-        "folder",
-        type=Path,
-        nargs="?",
-        help="a new folder; default: exercise-NUMBER next to this project",
-    )
+    parser.add_argument("words", nargs="*", help="numbers of exercises, and a new folder")
+    parser.add_argument("--hint", action="store_true", help="with the hint")
+    parser.add_argument("--grade", type=Path, metavar="FOLDER", help="a folder per student")
     args = parser.parse_args()
-    if args.number is None:
-        return print(
-            *(f"{n:2}  {e.title} ({e.file}, {e.time})" for n, e in enumerate(EXERCISES, 1)),
-            sep="\n",
-        )
-    folder = (args.folder or ROOT.parent / f"exercise-{args.number}").expanduser()
+    try:
+        numbers, name = read_words(args.words)
+        if args.grade:
+            from tests.grading import grade_folder  # it imports this module
+
+            if name:
+                raise ValueError(f"--grade takes numbers of exercises, not {name}")
+            grade_folder(args.grade.expanduser(), numbers)
+        elif not numbers:
+            if name:
+                raise ValueError(f"which exercise goes to {name}? name its number first")
+            for number, exercise in enumerate(EXERCISES, 1):
+                print(f"{number:2}  {exercise.title} ({exercise.file}, {exercise.time})")
+        elif args.hint and not name:
+            for number in numbers:
+                print(f"Exercise {number}: {EXERCISES[number - 1].hint}")
+        else:
+            start(numbers, name, args.hint)
+    except ValueError as error:
+        sys.exit(f"exercise: {error}")
+
+
+def start(numbers: list[int], name: str, with_hint: bool) -> None:
+    """Make the copy, and print the task. Raises ValueError."""
+    default = ROOT.parent / f"exercise-{'-'.join(map(str, numbers))}"
+    folder = Path(name).expanduser() if name else default
     if folder.exists() or ROOT in folder.resolve().parents:
         where = "already exists" if folder.exists() else "is inside this project"
-        sys.exit(f"exercise: {folder} {where}: name another folder")
+        raise ValueError(f"{folder} {where}: name another folder")
     try:
-        exercise = prepare(args.number, folder)
+        prepare(numbers, folder, with_hint)
     except OSError as error:
-        sys.exit(f"exercise: {folder} cannot be created ({error}): name another folder")
-    what = (
-        f"write    {', '.join(exercise.empty)} in {folder / exercise.file}"
-        if exercise.empty
-        else f"change   {folder / exercise.file}"
-    )
-    print(
-        f"Exercise {args.number}: {exercise.title} ({exercise.time})\nread     {exercise.read}\n{what}"
-    )
-    word = (
-        "grade   " if exercise.empty else "keep    "
-    )  # open exercises: these tests must still pass
-    print("once     pip install -r requirements-test.txt")
-    print(
-        f"{word} cd {shlex.quote(str(folder))} && python -m pytest -q --tb=short {exercise.tests}"
-    )
-    print(f"hint     {exercise.hint}\nthen     {exercise.after}")
+        raise ValueError(f"{folder} cannot be created ({error}): name another folder") from None
+    print((folder / TASK).read_text(encoding="utf-8"))
+    print(f"This is {folder / TASK}. Begin with: cd {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

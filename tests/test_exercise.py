@@ -49,7 +49,7 @@ def test_every_emptied_function_fails_its_grader_and_says_whose_it_is(tmp_path, 
     """A grader that passes on an empty function grades nothing; a bare stack trace would not tell a student where to write."""
 
     def attempt(number: int) -> str:
-        result = grade(tmp_path / str(number), prepared[number])
+        result = grade(tmp_path / str(number), EXERCISES[number - 1])
         return (
             ""
             if result.returncode == 1 and f"exercise {number}: " in result.stdout
@@ -59,9 +59,11 @@ def test_every_emptied_function_fails_its_grader_and_says_whose_it_is(tmp_path, 
     numbers = [number for number, exercise in enumerate(EXERCISES, 1) if exercise.empty]
     assert len(numbers) == 12 and len(EXERCISES) == 18
     # Before the threads start: in Python 3.11, two that parse source at once may raise SystemError (cpython #106905).
-    prepared = {number: prepare(number, tmp_path / str(number)) for number in some(numbers, slow)}
+    chosen = some(numbers, slow)
+    for number in chosen:
+        prepare([number], tmp_path / str(number))
     with ThreadPoolExecutor(2) as pool:
-        assert not any(failed := [*pool.map(attempt, prepared)]), failed
+        assert not any(failed := [*pool.map(attempt, chosen)]), failed
 
 
 def test_every_wrong_answer_still_has_its_place():
@@ -103,6 +105,35 @@ def test_graders_pass_on_the_project_itself(tmp_path, slow):
     for exercise in EXERCISES:
         result = grade(tmp_path / "copy", exercise)
         assert result.returncode == 0, (exercise.title, result.stdout[-2000:])
+
+
+def test_the_copy_holds_the_task_and_the_hint_only_if_asked(tmp_path):
+    """The task must not scroll away with a terminal; a hint that stands below the task is read before thinking. One copy
+    can hold the exercises of a whole course, none of them solved."""
+    prepare([7, 10], tmp_path / "hw")
+    task = (tmp_path / "hw" / "EXERCISE.md").read_text()
+    for number in (7, 10):
+        exercise = EXERCISES[number - 1]
+        assert f"# Exercise {number}: {exercise.title}" in task
+        for part in (exercise.read, exercise.tests, exercise.after, exercise.file):
+            assert part in task
+        assert exercise.hint not in task
+        for target in exercise.empty:
+            stub = f"exercise {number}: {target} is yours to write"
+            assert stub in (tmp_path / "hw" / exercise.file).read_text()
+    prepare([7], tmp_path / "hinted", with_hint=True)
+    assert EXERCISES[6].hint in (tmp_path / "hinted" / "EXERCISE.md").read_text()
+
+
+def test_a_copy_does_not_hold_its_own_solution(tmp_path):
+    """Formulas in an emptied function's docstring, the comments of its examples, and the list of wrong answers with
+    the right lines beside them would be copied, not understood."""
+    prepare(list(range(1, 13)), tmp_path / "all")
+    dpo = (tmp_path / "all" / "dpo.py").read_text()
+    assert ">>> losses, chosen_rewards, rejected_rewards = dpo_loss(" in dpo  # the example stays
+    assert "sigmoid" not in dpo and "(log pi(y|x) - log pi_ref(y|x))" not in dpo
+    copied = {path.name for path in (tmp_path / "all").rglob("*.py")}
+    assert "test_exercise.py" not in copied and "test_dpo.py" in copied
 
 
 def test_only_the_body_goes():

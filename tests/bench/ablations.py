@@ -92,8 +92,8 @@ SETS = {
         "ST with 8 samples": Variant("--method st --st-samples 8"),  # as many as DPO-ST: 5 + 3
     },
     "table-3": {
-        "K = 5": Variant("--sft-samples 5", DPO_STEP),
-        "K = 10": Variant("--sft-samples 10", DPO_STEP),
+        "K=5": Variant("--sft-samples 5", DPO_STEP),
+        "K=10": Variant("--sft-samples 10", DPO_STEP),
     },
     "choice": {
         "ST": Variant("--method st"),
