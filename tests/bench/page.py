@@ -23,6 +23,7 @@ CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 60rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; }
 td, th { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
+td { white-space: nowrap; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: .5rem; background: white; color: black; } figure svg { width: 100%; height: auto; }
 .broad { grid-column: 1 / -1; } figcaption { padding: 0 .5rem; }
