@@ -109,6 +109,8 @@ def mutants_of(source: str, target: str) -> list[tuple[str, str]]:
             changed = copies.deepcopy(statements)
             replace(changed, place, new)
             after = ast.unparse(ast.Module(changed, []))
+            if after == before:
+                continue
             text = [indent + line for line in after.splitlines()]
             difference = [
                 line

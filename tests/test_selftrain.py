@@ -359,6 +359,17 @@ def test_the_three_least_similar_pairs_are_kept():
     assert len(pairs) == 3 and {pair.question for pair in pairs} == {"q"}
 
 
+def test_pairs_are_ranked_by_the_tokenizers_pieces():
+    """Section 4.2 compares pieces, not words: as words, `abcd` and `dcba` would have nothing in common."""
+    letters = SimpleNamespace(piece_set=frozenset)
+    problem = Problem("q", 7.0)
+    near, far = "dcba #### 8", "abcd efghijklmno #### 8"
+    [pair] = make_pairs(problem, ["abcd #### 7", near, far], letters, n_pairs=1)
+    assert pair.rejected == far
+    pairs = make_pairs(problem, ["abcd #### 7", "bacd #### 7", near, "cdba #### 8"], letters)
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("abcd #### 7", "cdba #### 8")]
+
+
 def test_questions_without_both_sides_give_no_pair():
     """Without a losing sample the question is solved; without a winning or human one there is nothing to prefer. Neither is an error."""
     solved = Problem("solved", 5.0, "gold #### 5")
@@ -636,6 +647,15 @@ def test_l_and_u_are_joined_by_the_same_answer_however_it_is_spelled():
     """There is one definition of equal answers: 0.33333 in U equals L's 0.3333, so L's rationale is gold."""
     ours = Problem("a third?", 0.3333, "It is 0.3333. #### 0.3333")
     assert join_gold([Problem("a third?", 0.33333), *U], [*L, ours], PLAIN)[0] == ours
+
+
+def test_stages_have_the_names_that_reports_look_for():
+    """A result under another name is made, paid for, and then missing from every table and picture."""
+    names = "samples-for-pairs.jsonl preference-pairs.jsonl dpo samples-for-labels.jsonl pseudo-labels.jsonl sft evaluation.jsonl"
+    expected = ["warm-up/sft", "warm-up/evaluation.jsonl"]
+    for number in (1, 2):
+        expected += [f"dpo-st/round-{number}/{name}" for name in names.split()]
+    assert notes_of("dpo-st").names == expected
 
 
 def test_stages_have_names_of_their_own_and_the_methods_share_the_warm_up():
