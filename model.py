@@ -56,7 +56,7 @@ SIZES = {  # the public sizes, and tiny; a checkpoint is built from its own conf
 
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + epsilon), with the mean over the last dimension; (..., D).
+    """Scale (..., D) by its root mean square along D: weight * x / sqrt(mean(x^2) + epsilon).
 
     Unlike LayerNorm it subtracts no mean and adds no bias. torch computes it in fp32, also for a
     bf16 input.

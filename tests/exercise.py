@@ -39,6 +39,7 @@ class Exercise:
     hint: str
     after: str
     time: str = "1 hour"
+    hide: str = ""  # a formula of the solution elsewhere in the file, left out of the copy
 
     @property
     def options(self) -> str:
@@ -59,12 +60,14 @@ EXERCISES = [
     ),
     Exercise(
         title="RMSNorm, and why it subtracts no mean",
-        read="Zhang and Sennrich (2019); RMSNorm's docstring",
+        read="Zhang and Sennrich (2019), eq. 4; RMSNorm's docstring",
         file="model.py",
         empty=("RMSNorm.forward",),
         tests="tests/test_model.py -k norm",
         hint="Compute in fp32, whatever x is: x.float().pow(2).mean(-1, keepdim=True).",
         after="Subtract the mean as well: which tests in tests/test_model.py fail?",
+        time="20 minutes",
+        hide=": weight * x / sqrt(mean(x^2) + epsilon)",
     ),
     Exercise(
         title="The key-value cache",
@@ -85,7 +88,6 @@ EXERCISES = [
         tests="tests/test_calculator.py",
         hint="Write one function for each line of the grammar; each consumes its tokens from the left.",
         after="Why not eval? Try the five worst expressions that a model could write.",
-        time="2 hours",
     ),
     Exercise(
         title="Rewriting tokens in a batch",
@@ -107,6 +109,7 @@ EXERCISES = [
         tests="tests/test_sft.py -k 'loss or logps or eos or vocabulary'",
         hint="shift_right has already shifted the inputs: position t predicts labels[t].",
         after="test_the_vocabulary_meets_real_tokens_only: how large would the logits for padding be?",
+        time="45 minutes",
     ),
     Exercise(
         title="The DPO loss and its gradient",
@@ -117,6 +120,7 @@ EXERCISES = [
         hint="F.logsigmoid; log(sigmoid(x)) is -inf for x = -200.",
         after="Derive the gradient on paper: what is the weight of a pair that is already in the "
         "right order?",
+        time="30 minutes",
     ),
     Exercise(
         title="Log-probabilities of policy and reference",
@@ -126,7 +130,7 @@ EXERCISES = [
         tests="tests/test_dpo.py -k 'logps or encoded_once or reference or log_two'",
         hint="Use a sum, not a mean. The reference is a separate model and gets no gradient.",
         after="Use a mean instead: what does one wrong token then cost in a long rationale?",
-        time="2 hours",
+        time="90 minutes",
     ),
     Exercise(
         title="Deduplication by Jaccard similarity",
@@ -137,6 +141,7 @@ EXERCISES = [
         hint="Compare each rationale with all that were kept, not with those that were dropped.",
         after="python run.py --max-similarity 0.5 --out runs/similar, then 1 in another folder: how "
         "many pseudo-labels does each log.jsonl report?",
+        time="45 minutes",
     ),
     Exercise(
         title="Preference pairs",
@@ -146,7 +151,6 @@ EXERCISES = [
         tests="tests/test_selftrain.py -k 'pair and not round'",
         hint="Put gold first among the winning rationales. Rank all pairs and keep the least similar.",
         after="Keep the MOST similar pairs instead, and compare the DPO curves.",
-        time="2 hours",
     ),
     Exercise(
         title="Unbiased pass@k",
@@ -157,6 +161,7 @@ EXERCISES = [
         hint="In how many ways can k samples be drawn so that all are wrong?",
         after="Reproduce the paper's figure 6 with your own run: python run.py, then "
         "python -m tests.bench.dpo_step runs/tiny-seed-42",
+        time="30 minutes",
     ),
     Exercise(
         title="Algorithm 2 from Algorithm 1",
@@ -166,6 +171,7 @@ EXERCISES = [
         tests="tests/test_selftrain.py -k 'algorithm or add_up or given_all or names or never_used'",
         hint="Six lines. Which model writes the pseudo-labels, f' or f_d?",
         after="Start DPO from the last round's f_d instead of f': does it help?",
+        time="30 minutes",
     ),
     Exercise(
         title="Open: IPO or KTO instead of DPO",
@@ -229,6 +235,29 @@ EXERCISES = [
         hint="Shard every block, then the model. Remove the all-reduce; saving must gather the shards.",
         after="How many of the 16 bytes per parameter remain on each of two processes?",
         time="an afternoon",
+    ),
+    Exercise(
+        title="Open: a right answer is no right reason",
+        read="data/README.md, Few possible answers, and Another check, another tool",
+        file="selftrain.py",
+        empty=(),
+        tests="tests/test_selftrain.py -k 'pair or label or round'",
+        hint="Outcome: is_correct. Process: it could also ask that every annotation evaluates to what "
+        "stands behind it, or that the last result is the answer.",
+        after="Generate yes-or-no questions (`Is 3 * 14 more than 40?`). How many questions have a correct "
+        "sample, how many of these samples reason correctly, and what does your check change?",
+        time="an afternoon",
+    ),
+    Exercise(
+        title="Open: a tool that knows units",
+        read="data/README.md, Another check, another tool; Schick et al. (2023)",
+        file="calculator.py",
+        empty=(),
+        tests="tests/test_calculator.py -k 'arithmetic or python_agrees'",
+        hint="About 17 lines: before TOKEN sees the expression, replace `16 days` by `(16 * 24)`.",
+        after="`[ 16 days =` now gives 384. Write 20 labeled problems that need it: how many does the "
+        "model need until it uses the tool, and how often does it use it wrongly?",
+        time="2 hours",
     ),
 ]
 
@@ -346,7 +375,7 @@ def prepare(numbers: Sequence[int], folder: Path, with_hint: bool = False) -> No
         path = folder / exercise.file
         for target in exercise.empty:
             text = empty(path.read_text(encoding="utf-8"), target, number)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text.replace(exercise.hide, ""), encoding="utf-8")
     files = dict.fromkeys(f"`{EXERCISES[number - 1].file}`" for number in numbers)
     tasks = [describe(number, with_hint) for number in numbers]
     tasks.append(

@@ -57,7 +57,7 @@ def test_every_emptied_function_fails_its_grader_and_says_whose_it_is(tmp_path, 
         )
 
     numbers = [number for number, exercise in enumerate(EXERCISES, 1) if exercise.empty]
-    assert len(numbers) == 12 and len(EXERCISES) == 18
+    assert len(numbers) == 12 and len(EXERCISES) == 20
     # Before the threads start: in Python 3.11, two that parse source at once may raise SystemError (cpython #106905).
     chosen = some(numbers, slow)
     for number in chosen:
@@ -180,7 +180,7 @@ def test_the_students_own_tree_is_never_touched(tmp_path):
         and "tests/test_dpo.py" in result.stdout
         and (tmp_path / "new folder" / "dpo.py").exists()
     )
-    assert len(run().stdout.splitlines()) == 18
+    assert len(run().stdout.splitlines()) == 20
 
 
 def test_a_copy_holds_the_project_and_nothing_else(tmp_path, monkeypatch):

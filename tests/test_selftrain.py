@@ -16,7 +16,9 @@ import pytest
 import sentencepiece
 import torch
 
+import calculator
 import decode
+import run
 import selftrain
 from data.problems import Problem, join_gold, load_problems, read_jsonl
 from data.results import accuracies
@@ -34,6 +36,7 @@ from selftrain import (
     split_samples,
 )
 from sft import make_examples, train_sft
+from tests.bench import page
 from tokenizer import Tokenizer, format_rationale
 
 # The rules with the numbers of the paper and of the authors' code.
@@ -251,6 +254,22 @@ def test_a_text_is_correct_up_to_case_and_a_final_stop():
     )  # as in the training text
     assert not is_correct("Ana", "Ana") and not is_correct("# Ana", "Ana")  # no ####, no answer
     assert not is_correct("#### 6", "six") and not is_correct("#### six", 6.0)
+
+
+def test_another_check_or_tool_has_one_place(monkeypatch):
+    """data/README.md: who replaces is_correct, to ask for right reasons too, or the tool, changes one function. A second
+    definition would let pairs, labels and accuracies disagree."""
+    assert run.is_correct is selftrain.is_correct
+    assert decode.calculate is run.calculate is page.calculate is calculator.calculate
+    monkeypatch.setattr(selftrain, "is_correct", lambda rationale, answer: "because" in rationale)
+    problem = Problem("q", 5.0)
+    reasoned, lucky = "5 because 2 + 3 #### 5", "a guess, without reasons #### 5"
+    assert split_samples([lucky, reasoned], 5.0) == ([reasoned], [lucky])
+    assert make_pairs(problem, [lucky, reasoned], WORDS) == [PreferencePair("q", reasoned, lucky)]
+    [label] = make_pseudo_labels([problem], [[lucky, reasoned]], WORDS)
+    assert label.rationale == reasoned
+    row = selftrain.to_row(problem, [decode.Sample(lucky), decode.Sample(reasoned)])
+    assert row["correct"] == [False, True]
 
 
 @pytest.mark.parametrize(
