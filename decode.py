@@ -116,7 +116,8 @@ class RowState:
         """Follow the brackets piece by piece, so that no text has to be read twice.
 
         At `[ expression =` the result and `]` are queued, and `take` writes them instead of the
-        model's choices. An expression that does not evaluate is left to the model.
+        model's choices. The model goes on by itself where the expression does not evaluate, and
+        where a piece has text after `=`: then the model has started the result.
 
         >>> tokenizer = Tokenizer("data/tiny")
         >>> row = RowState(tokenizer, calculator=True, sample=Sample(), noise=[0.0] * 9)
@@ -134,7 +135,6 @@ class RowState:
         if "]" in piece:
             self.expression = None
         elif "=" in piece:
-            # If the piece has text after `=`, the model has started the result itself.
             if self.expression.endswith("="):
                 result = calculate(self.expression[:-1])
                 if result is not None:  # `encode` adds a space: `= 24]`
@@ -151,7 +151,8 @@ class KVCache:
     The decoder has read lengths[b] tokens in slot b, START_ID included. Their keys are in columns 0
     to lengths[b] - 1, and the next ones go to column lengths[b]. A slot is given to a new rationale
     by setting its length to 0: the old columns are masked, and overwritten one by one. So slots
-    need neither start nor end together. The age of a column is how many steps ago it was written.
+    need neither start nor end together; an idle one keeps counting, and rewrites its last column.
+    The age of a column is how many steps ago it was written. Lengths change in place (fast_step).
 
         columns             0 1 2 3 4 5 6
         slot 0, length 5    k k k k k . .    the next keys go to column 5

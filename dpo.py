@@ -105,10 +105,11 @@ def dpo_loss(
 def pair_loss(
     policy: T5, pairs: Sequence[PairExample], reference: T5, beta: float
 ) -> dict[str, Tensor]:
-    """Eq. 5 with both of its models, and the quantities to log, each summed over the pairs.
+    """Eq. 5 with both of its models, each term summed over the pairs.
 
-    train_dpo makes the reference. reward_accuracy counts pairs whose chosen reward is higher; a
-    tie, as before training, does not count.
+    The terms: loss, chosen_rewards, rejected_rewards, reward_margin (of chosen over rejected), and
+    reward_accuracy, which counts pairs whose chosen reward is higher; a tie, as before training,
+    does not count. train_dpo makes the reference.
     """
     with torch.no_grad():
         reference_chosen, reference_rejected = sequence_logps(reference, pairs)

@@ -572,6 +572,45 @@ def test_forced_digits_are_the_calculators_and_close_the_bracket(
     assert sample.text == f"nuts [ {expression} = {result}] nuts. #### 9" and sample.finished
 
 
+@pytest.mark.parametrize("pieces, result", [(["[", " 3", " +", " 4", " ="], "7]"), (["[ 3 +", " 4="], "7]"), ([" [ 3 + 4="], "7]"),
+                                            (["[ 3 + 4 = 9"], ""), (["[ 3 + 4", " =9"], ""), (["[ 3 + 4]", " ="], "")])  # fmt: skip
+def test_the_calculator_is_called_when_a_piece_ends_in_equals(tokenizer, pieces, result):
+    """Pieces may hold more than `=`: `4=` ends the expression, too, but after `=9` the model has begun the result itself,
+    and a closed bracket asks for nothing."""
+    row = RowState(tokenizer, True, Sample(), [0.0] * 20)
+    for piece in pieces:
+        row.watch(piece)
+    assert "".join(map(tokenizer.piece, row.queue)).strip() == result
+
+
+def test_end_waits_for_the_forced_digits(tokenizer, scripted):
+    """The model tries to end right after `=`: the calculator's digits come first, then the end is accepted."""
+    start = tokenizer.encode("[ 3 + 4 =")[:-1]
+    sample = scripted({"Q": start}, max_new_tokens=40)["Q"]
+    assert sample.text == "[ 3 + 4 = 7]" and sample.finished
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[ 1 / 0 =",
+        "[ x + 1 =",
+        "[ 2 ** 9 =",
+        "[ =",
+        "[ 3 + =",
+        "3 + 4 =",
+        "[ 3 + 4 ] =",
+        "[ 3 + 4 nuts =",
+        "] 3 + 4 =",
+    ],
+)
+def test_what_does_not_evaluate_is_left_to_the_model(tokenizer, scripted, text):
+    """Without a bracket, arithmetic or a result, every id is the model's own."""
+    script = tokenizer.encode(text + " 9] nuts. #### 9")[:-1]
+    sample = scripted({"Q": script}, max_new_tokens=60)["Q"]
+    assert sample.ids == script and not any(sample.forced) and sample.finished
+
+
 def test_only_the_row_that_asked_is_forced(tokenizer, scripted):
     """A queue shared between rows, or kept after its row has left the slot, would write digits into
     another row."""
@@ -601,27 +640,6 @@ def test_a_slots_next_tenant_inherits_no_digits(tokenizer, scripted):
     assert found["B"].ids == plain and not any(found["B"].forced)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[ 1 / 0 =",
-        "[ x + 1 =",
-        "[ 2 ** 9 =",
-        "[ =",
-        "[ 3 + =",
-        "3 + 4 =",
-        "[ 3 + 4 ] =",
-        "[ 3 + 4 nuts =",
-        "] 3 + 4 =",
-    ],
-)
-def test_what_does_not_evaluate_is_left_to_the_model(tokenizer, scripted, text):
-    """Without a bracket, arithmetic or a result, every id is the model's own."""
-    script = tokenizer.encode(text + " 9] nuts. #### 9")[:-1]
-    sample = scripted({"Q": script}, max_new_tokens=60)["Q"]
-    assert sample.ids == script and not any(sample.forced) and sample.finished
-
-
 def test_the_innermost_open_bracket_counts(tokenizer, scripted):
     """A model that opens a second bracket before closing the first means the second."""
     for text in ("[ 5 nuts [ 3 + 4 =", "[ 1 / 0 = 3] [ 3 + 4 =", "[ [ 3 + 4 ="):
@@ -639,13 +657,6 @@ def test_every_bracket_of_a_rationale_is_computed(tokenizer, scripted):
         forced_text(tokenizer, sample).split() == ["7]", "5]"]
         and sample.text == "[ 3 + 4 = 7] nuts [ 9 - 4 = 5]"
     )
-
-
-def test_end_waits_for_the_forced_digits(tokenizer, scripted):
-    """The model tries to end right after `=`: the calculator's digits come first, then the end is accepted."""
-    start = tokenizer.encode("[ 3 + 4 =")[:-1]
-    sample = scripted({"Q": start}, max_new_tokens=40)["Q"]
-    assert sample.text == "[ 3 + 4 = 7]" and sample.finished
 
 
 def test_forced_digits_stop_at_the_limit(tokenizer, scripted):

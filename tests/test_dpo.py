@@ -137,6 +137,8 @@ def test_four_numbers_by_hand():
         torch.tensor(n) for n in ([-11.0, -13.0], [-14.0, -12.0], [-12.0, -12.0], [-13.0, -13.0])
     ]
     loss, chosen, rejected = dpo_loss(*numbers, beta=0.1)
+    shapes = [tuple(found.shape) for found in (loss, chosen, rejected)]
+    assert shapes == [(2,)] * 3, "one number per pair, neither summed nor averaged"
     assert chosen.tolist() == pytest.approx([0.1, -0.1])
     assert rejected.tolist() == pytest.approx([-0.1, 0.1])
     assert loss.tolist() == pytest.approx([0.59813887, 0.79813887])
@@ -217,6 +219,23 @@ def test_the_gradient_raises_chosen_and_lowers_rejected():
             parameter -= 1e-2 * parameter.grad
     after = sequence_logps(policy, pairs)
     assert (after[0] > before[0]).all() and (after[1] < before[1]).all()
+
+
+def test_the_terms_are_sums_over_pairs_from_sums_of_logps():
+    """`train` divides by all pairs of the batch, so pair_loss must not average. A tie is not the right order: at the
+    first step all pairs are tied, and a logged accuracy of 1 would look like success."""
+    policy, reference, pairs = random_model(1), random_model(2), random_pairs()
+    together = pair_loss(policy, pairs, reference, BETA)
+    assert set(together) == NUMBERS
+    for name, value in together.items():
+        parts = [pair_loss(policy, [pair], reference, BETA)[name].item() for pair in pairs]
+        assert value.item() == pytest.approx(sum(parts), abs=1e-4), name
+    chosen, rejected = together["chosen_rewards"].item(), together["rejected_rewards"].item()
+    assert together["reward_margin"].item() == pytest.approx(chosen - rejected, abs=1e-5)
+    (chosen, rejected), (old_chosen, old_rejected) = logps(policy, pairs), logps(reference, pairs)
+    in_order = (chosen - old_chosen > rejected - old_rejected).sum().item()
+    assert 0 < in_order < len(pairs) and together["reward_accuracy"].item() == in_order
+    assert pair_loss(policy, pairs, policy, BETA)["reward_accuracy"].item() == 0  # all are tied
 
 
 # ----------------------------------------------------------------------------------------------------- the reference

@@ -248,24 +248,6 @@ def replay(net: T5, jobs: list[tuple[list[int], list[int]]], n_slots: int, longe
                     rows[slot] = None
 
 
-@pytest.mark.parametrize("n_slots, longest", [(1, 12), (3, 40), (3, 150), (4, 12)])
-def test_cached_steps_equal_the_full_pass_at_every_position(model, n_slots, longest):
-    """Slots start at different times, are reused, sit idle at the end, and reach distances beyond the last
-    bucket (150): a wrong column, bias, mask or length changes the logits at some position of some row."""
-    rng = random.Random(longest)
-    jobs = []
-    for _ in range(20):
-        source = [rng.randrange(3, 60) for _ in range(rng.randint(1, 15))]
-        jobs.append((source, [0] + [rng.randrange(3, 60) for _ in range(rng.randrange(longest))]))
-    jobs.append(([5, 6], [0] + [7] * (longest - 1)))  # one as long as the cache allows
-    cached, steps = replay(model, jobs, n_slots, longest)
-    assert steps > 2 * longest  # slots have been reused several times
-    for (source, target), logits in zip(jobs, cached, strict=True):
-        ids = torch.tensor([source])
-        full = model(ids, torch.ones_like(ids), torch.tensor([target]))[0]
-        assert logits.shape == full.shape and distance_between(logits, full) < 1e-5
-
-
 @torch.no_grad()
 def test_a_slot_without_work_never_leaves_its_cache(model):
     """A finished row keeps counting until the batch ends, on a GPU for hundreds of steps: its writes must
@@ -279,6 +261,39 @@ def test_a_slot_without_work_never_leaves_its_cache(model):
     logits = torch.stack([model.step(torch.tensor([7, i]), cache)[1] for i in (0, 9, 10)])
     full = model(ids, torch.ones_like(ids), torch.tensor([[0, 9, 10]]))[0]
     assert distance_between(logits, full) < 1e-5
+
+
+@torch.no_grad()
+def test_cached_lengths_change_in_place(model):
+    """On a GPU the step is recorded once and replayed on the same memory: lengths in a new tensor would never grow."""
+    cache = KVCache(model, 2, 6, 3)
+    ids = torch.tensor([[3, 4, 5]])
+    cache.admit([0], model, [*model.encode(ids, torch.ones_like(ids))])
+    lengths = cache.lengths
+    model.step(torch.tensor([7, 8]), cache)
+    assert cache.lengths is lengths and lengths.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("n_slots, longest", [(1, 12), (3, 40), (3, 150), (4, 12)])
+def test_cached_steps_equal_the_full_pass_at_every_position(model, n_slots, longest):
+    """Slots start at different times, are reused, sit idle at the end, and reach distances beyond the last
+    bucket (150): a wrong column, bias, mask or length changes the logits at some position of some row."""
+    rng = random.Random(longest)
+    jobs = []
+    for _ in range(20):
+        source = [rng.randrange(3, 60) for _ in range(rng.randint(1, 15))]
+        jobs.append((source, [0] + [rng.randrange(3, 60) for _ in range(rng.randrange(longest))]))
+    jobs.append(([5, 6], [0] + [7] * (longest - 1)))  # one as long as the cache allows
+    cached, steps = replay(model, jobs, n_slots, longest)
+    assert steps > 2 * longest  # slots have been reused several times
+    for number, (source, target) in enumerate(jobs):
+        ids = torch.tensor([source])
+        full = model(ids, torch.ones_like(ids), torch.tensor([target]))[0]
+        assert cached[number].shape == full.shape
+        for t in range(len(target)):
+            distance = distance_between(cached[number][t], full[t])
+            reused = "a reused slot" if number >= n_slots else "a new slot"
+            assert distance < 1e-5, f"rationale {number}, in {reused}, first differs at token {t}"
 
 
 @torch.no_grad()

@@ -378,15 +378,35 @@ def test_the_three_least_similar_pairs_are_kept():
     assert len(pairs) == 3 and {pair.question for pair in pairs} == {"q"}
 
 
+def test_as_many_pairs_are_kept_as_asked_the_least_similar_first():
+    """--n-pairs and the order are the caller's: a fixed 3 would ignore the flag. Equally similar pairs keep their order."""
+    problem = Problem("q", 5.0, "a b c #### 5")
+    losing = ["a b x #### 6", "p q r #### 6", "a y z #### 6"]
+    pairs = make_pairs(problem, losing, WORDS, n_pairs=2)
+    assert [pair.rejected for pair in pairs] == [losing[1], losing[2]]
+    assert len(make_pairs(problem, losing, WORDS, n_pairs=1)) == 1
+    tied = ["d e f #### 6", "g h i #### 6"]
+    assert [pair.rejected for pair in make_pairs(problem, tied, WORDS)] == tied
+
+
+def test_both_sides_of_the_pairs_are_deduplicated():
+    """Near copies of one mistake, or of one solution, would fill the three places of a question; max_similarity is the
+    caller's."""
+    problem = Problem("q", 5.0)
+    right = ["a b c d e f #### 5", "a b c d e g #### 5"]
+    wrong = ["p q r s t u #### 6", "p q r s t v #### 6"]
+    [pair] = make_pairs(problem, [*right, *wrong], WORDS)
+    assert (pair.chosen, pair.rejected) == (right[0], wrong[0])
+    assert len(make_pairs(problem, [*right, *wrong], WORDS, max_similarity=1.0, n_pairs=9)) == 4
+
+
 def test_pairs_are_ranked_by_the_tokenizers_pieces():
     """Section 4.2 compares pieces, not words: as words, `abcd` and `dcba` would have nothing in common."""
     letters = SimpleNamespace(piece_set=frozenset)
     problem = Problem("q", 7.0)
     near, far = "dcba #### 8", "abcd efghijklmno #### 8"
-    [pair] = make_pairs(problem, ["abcd #### 7", near, far], letters, n_pairs=1)
-    assert pair.rejected == far
-    pairs = make_pairs(problem, ["abcd #### 7", "bacd #### 7", near, "cdba #### 8"], letters)
-    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("abcd #### 7", "cdba #### 8")]
+    pairs = make_pairs(problem, ["abcd #### 7", near, far], letters)
+    assert [pair.rejected for pair in pairs] == [far, near]
 
 
 def test_questions_without_both_sides_give_no_pair():
@@ -574,7 +594,8 @@ def notes_of(method: str, labeled=L, unlabeled=L_AS_U, rounds: int = 2) -> Noteb
 
 
 def test_algorithm_2_takes_its_steps_in_the_papers_order():
-    """Line by line: pairs come from f', labels from f_d, and DPO and each round start from the newest f'."""
+    """Line by line: pairs come from f', five samples per question; labels from f_d, three; DPO and each round start from
+    the newest f'."""
     assert notes_of("dpo-st").calls == [
         ("sft",), ("evaluate", "sft 0"),
         ("sample", "sft 0", 5), ("pairs",), ("dpo", "sft 0", 1),

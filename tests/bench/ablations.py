@@ -6,7 +6,8 @@
 
 Each variant is run.py with different flags or one replaced function, in runs/ablations. The tables,
 one for each round, compare the variants with the unmodified run of the same seed, which must be in
-runs/tiny-seed-SEED; the variants share the stages that are the same in both.
+runs/tiny-seed-SEED; the variants share the stages that are the same in both, and are tested on the
+first test set only.
 
 `choice` compares candidates for the defaults on other problems: 1,500 validation problems, which
 are in no other set. Its unmodified runs are made first. The seeds should not be those that are
@@ -32,6 +33,7 @@ from data.synthetic import make_datasets, make_problems
 from data.terminal import run_command
 from dpo import PairExample, PreferencePair
 from model import T5
+from run import load_data
 from sft import Example, Schedule, sft_loss, train
 from tests.bench.report import config_of, first_test, interval, measure, spread
 
@@ -105,7 +107,6 @@ SETS = {
             "--later-ratio 1", ["warm-up", FIRST], experiment=FreshPairs
         ),
         "5e-5 in every round": Variant("--later-ratio 1 --dpo-learning-rate 5e-5"),
-        "beta 1, 1e-4 in every round": Variant("--later-ratio 1 --beta 1"),
     },
 }
 
@@ -135,10 +136,24 @@ def run_variant(name: str) -> None:
                     shutil.copytree(theirs, ours, dirs_exist_ok=True)
                 else:
                     shutil.copyfile(theirs, ours)
+            keep_first_test(folder / "warm-up" / "evaluation.jsonl")
             yield
 
     run.open_folder = open_with_shared
+    run.load_data = load_first_test
     run.main()
+
+
+def load_first_test(config: argparse.Namespace) -> tuple[list, list, dict]:
+    """The data of a run with only the test set that the tables are about."""
+    L, U, tests = load_data(config)
+    return L, U, dict(list(tests.items())[:1])
+
+
+def keep_first_test(path: Path) -> None:
+    """Drop the other tests from an evaluation, too."""
+    rows = read_jsonl(path)
+    write_jsonl([row for row in rows if row["test"] == rows[0]["test"]], path)
 
 
 def folder_of(name: str, seed: int) -> Path:
