@@ -17,7 +17,7 @@ from data.results import closing_words, make_table, mark_results, read_evaluatio
 from selftrain import jaccard, split_samples
 from tokenizer import Tokenizer
 
-PER_KIND = 3  # questions of each of the four kinds
+PER_KIND = 3  # questions of each of the five kinds
 CSS = """
 :root { color-scheme: light dark; --line: #8884; --right: #0072b2; --wrong: #d55e00; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 60rem; }
@@ -100,26 +100,18 @@ def choose(rounds: dict[str, dict], n: int) -> dict[str, list[int]]:
     methods = {}
     for stage in rounds:
         methods.setdefault(stage.partition("/")[0], []).append(solved(stage))
-    first, *_, last = [*methods.values()][-1] * 2  # of the last method
+    last_method = list(methods.values())[-1]
+    first, last = last_method[0], last_method[-1]  # of its rounds
     by_st = methods.get("st", [[False] * n])
     by_dpo = methods.get("dpo-st", [[False] * n])
-    names = [
-        "turned right",
-        "turned wrong",
-        "solved only by DPO-ST",
-        "never solved",
-        "solved twice",
-    ]
-    kinds: dict[str, list[int]] = {name: [] for name in names}
+    kinds: dict[str, list[int]] = {"turned right": [], "turned wrong": []}
+    kinds |= {"solved only by DPO-ST": [], "never solved": [], "solved twice": []}
     for i in range(n):
-        everywhere = [solved_[i] for rows in methods.values() for solved_ in rows]
-        if not any(everywhere):
+        st_solves = any(rows[i] for rows in by_st)
+        dpo_solves = any(rows[i] for rows in by_dpo)
+        if not st_solves and not dpo_solves:
             kinds["never solved"].append(i)
-        elif (
-            any(rows[i] for rows in by_dpo)
-            and not any(rows[i] for rows in by_st)
-            and len(methods) > 1
-        ):
+        elif len(methods) > 1 and not st_solves:
             kinds["solved only by DPO-ST"].append(i)
         elif last[i] and not first[i]:
             kinds["turned right"].append(i)

@@ -493,6 +493,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         blocks = compare_kinds(folders, kinds) if len(merged) < len(folders) else []
         runs = [measure(folder) for folder in merged]
+        if len(runs) > 1:
+            blocks.append("Tables and pictures: all runs of this kind. The rest: the first one.")
         blocks += describe_runs(runs)
         print("\n\n".join(block for block in blocks if block))
         out = args.out or folders[0] / "figures"
