@@ -273,15 +273,15 @@ def print_closely(steps: list[tuple[Step, Step]]) -> None:
 
 def draw_closely(steps: list[tuple[Step, Step]], tokenizer: Tokenizer):
     """Left: the change by similarity. Right: one pair, token by token, the calculator's shaded."""
-    figure, (left, right) = new_figure(14, 5, 2)
+    figure, (left, right) = new_figure(16, 5, 2)
     for changes, color in (("rejected", RED), ("chosen", BLUE)):
         step = steps[0][0]
         sums = [change.sum().item() for change in getattr(step, changes)]
-        left.plot(step.similarity, sums, ".", color=color, alpha=0.3, label=f"{changes}, seed 0")
+        left.plot(step.similarity, sums, ".", color=color, alpha=0.3, label=f"{changes}, first run")
     for i, (name, color) in enumerate((("chosen", BLUE), ("rejected", RED)), 1):
         bands = [step.by_similarity() for step, _ in steps]
         points = [[statistics.mean(b[n][j] for b in bands) for j in (0, i)] for n in range(N_BANDS)]
-        left.plot(*zip(*points), "-o", color=color, label=f"{name}, mean of {len(steps)} runs")
+        left.plot(*zip(*points), "-o", color=color, label=f"{name}, mean of runs: {len(steps)}")
     left.axhline(0, color="grey", linewidth=1)
     left.set_xlabel("similarity of the pair (Jaccard)")
     left.set_ylabel("change of log pi(y|x) (nats)")
@@ -289,7 +289,7 @@ def draw_closely(steps: list[tuple[Step, Step]], tokenizer: Tokenizer):
     add_legend(left, fontsize=9)
     step = steps[0][0]
     lengths = [len(change) for change in step.chosen]
-    typical = min(range(len(lengths)), key=lambda i: (abs(lengths[i] - 45), i))
+    typical = min(range(len(lengths)), key=lambda i: (abs(lengths[i] - 30), i))
     pair = step.pairs[typical]
     place = 0.0
     labels = []
@@ -304,7 +304,7 @@ def draw_closely(steps: list[tuple[Step, Step]], tokenizer: Tokenizer):
             labels.append((place, tokenizer.sentencepiece.id_to_piece(token).replace("▁", "")))
             place += 1
         place += 3
-    right.set_xticks(*zip(*labels), rotation=90, fontsize=6)
+    right.set_xticks(*zip(*labels), rotation=90, fontsize=8)
     right.axhline(0, color="grey", linewidth=1)
     right.set_ylabel("change of log pi of the token (nats)")
     right.set_xlabel("one pair: chosen, then rejected; shaded: the calculator's tokens")
