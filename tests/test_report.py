@@ -18,7 +18,7 @@ from data.results import half_width
 from run import load_data, parse_args
 from tests.bench import dpo_step, page, report
 from tests.conftest import ROOT
-from tokenizer import format_rationale
+from tokenizer import Tokenizer, format_rationale
 
 FLAGS = "--rounds 1 --n-labeled 4 --n-unlabeled 6 --n-test 8 --seed 0 --device cpu".split()
 PICTURES = {"accuracy-per-round", "calculator", "dpo-curves", "sft-loss"}
@@ -334,6 +334,32 @@ def test_figure_6_compares_the_models_before_and_after_the_dpo_step(
     before, after, difference = cells["greedy Pass@1 (%)"]
     assert before == after and difference == "+0.0"
     assert cells["pseudo-labels"] == ["6.0", "6.0", "+0.0"]  # three right ones are too similar
+
+
+def test_a_dpo_step_seen_closely_adds_up(run_folder):
+    """The parts of a text's change must add up to it, and a model that has not changed must show no change; a table of
+    changes that were computed on other texts, or with other weights, would look as plausible."""
+    first = run_folder / "dpo-st" / "round-1"
+    shutil.copytree(ROOT / "data" / "tiny", first / "dpo")
+    pairs = []
+    for row in read_jsonl(first / "samples-for-pairs.jsonl"):
+        chosen, rejected = row["rationales"][:2]
+        pairs.append({"question": row["question"], "chosen": chosen, "rejected": rejected})
+    write(first / "preference-pairs.jsonl", pairs)
+    change_config(run_folder, dpo_steps=3, max_new_tokens=20)
+    same, trained = dpo_step.look_closely(run_folder, 1)
+    for kind in ("chosen", "rejected", "greedy"):
+        assert same.totals()[kind] == 0
+    totals, parts = trained.totals(), trained.by_token()
+    assert totals["chosen"] - totals["rejected"] > 0.01  # three steps of DPO raise the margin
+    for kind in ("chosen", "rejected"):
+        assert sum(parts[kind].values()) == pytest.approx(totals[kind], abs=1e-3)
+    assert len(trained.pairs) == 3 * len(pairs)  # one right sample, four wrong ones, three kept
+    tokenizer = Tokenizer(first / "dpo")
+    text = "He has 2 + 3 = [ 2 + 3 = 5] 5 nuts. #### 5"
+    forced = dpo_step.written_by_calculator(tokenizer, text)
+    written = [tokenizer.piece(i) for i, by in zip(tokenizer.encode(text), forced) if by]
+    assert "".join(written) == " 5]" and len(forced) == len(tokenizer.encode(text))
 
 
 def test_the_same_run_gives_the_same_svg_to_the_byte(run_folder):
