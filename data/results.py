@@ -114,6 +114,8 @@ def compare(before: Sequence[dict], after: Sequence[dict]) -> str:
             gained += new["correct"][0] > old["correct"][0]
             lost += new["correct"][0] < old["correct"][0]
     n = gained + lost
+    if n == 0:
+        return "the same problems are solved"
     tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n
     p = min(1.0, 2 * tail)
     verdict = "more than chance" if p < 0.05 else "this may be chance"
@@ -121,11 +123,11 @@ def compare(before: Sequence[dict], after: Sequence[dict]) -> str:
 
 
 def mark_results(rationale: str, calculate: Callable[[str], str | None]) -> str:
-    """The rationale with the calculator's results between « and »."""
+    """The rationale with what the calculator writes between « and »: results and `]`."""
 
     def mark(found: re.Match) -> str:
         if calculate(found[1]) == found[2].strip():
-            return f"[{found[1]}= «{found[2].strip()}»]"
+            return f"[{found[1]}= «{found[2].strip()}]»"
         return found[0]
 
     return ANNOTATION.sub(mark, rationale)
@@ -152,7 +154,7 @@ def closing_words(
     for old, new in zip(warm_up, last, strict=True):
         if new["calculator"] and new["correct"][0] and not old["correct"][0]:
             lines += ["", "A problem that SFT got wrong and the last model gets right:", ""]
-            lines.append(f"{new['question']} (answer: {new['answer']})")
+            lines.append(f"{new['question']} (answer: {str(new['answer']).removesuffix('.0')})")
             for name, row in (("SFT", old), ("last model", new)):
                 lines.append(f"- {name}: {mark_results(row['rationales'][0], calculate)}")
             break

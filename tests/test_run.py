@@ -748,7 +748,7 @@ def test_the_sign_test_is_exact():
 def test_the_calculators_results_are_marked_in_stored_texts():
     """Rationales are stored as text; what the calculator wrote is what it would write again."""
     text = "He has [ 2 + 3 = 5] 5. Then [ 5 * 2 = 11] 11. [ two = 2]. #### 11"
-    marked = "He has [ 2 + 3 = «5»] 5. Then [ 5 * 2 = 11] 11. [ two = 2]. #### 11"
+    marked = "He has [ 2 + 3 = «5]» 5. Then [ 5 * 2 = 11] 11. [ two = 2]. #### 11"
     assert mark_results(text, calculate) == marked
 
 

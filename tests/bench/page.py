@@ -12,18 +12,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calculator import calculate
-from data.problems import Problem, read_jsonl
+from data.problems import read_jsonl
 from data.results import closing_words, make_table, mark_results, read_evaluations
 from selftrain import jaccard, split_samples
 from tokenizer import Tokenizer
 
-PER_KIND = 3  # questions of each of the five kinds
+PER_KIND = 3  # questions of each kind
+KINDS = {  # a question is solved in a round if one of its samples for labels is correct
+    "turned right": "not solved in the first round of the last method, solved in its last",
+    "turned wrong": "solved in the first round of the last method, not in its last",
+    "solved only by DPO-ST": "never by ST",
+    "never solved": "in no round of either method",
+    "solved twice": "in the first round and in the last",
+}
+CAPTIONS = {
+    "accuracy-per-round": "Accuracy per round, as in the paper's figure 5",
+    "calculator": "With and without the calculator, as in figure 7",
+    "dpo-curves": "DPO in round 1: loss, rewards, and pairs in the right order",
+    "sft-loss": "Loss of SFT",
+}
 CSS = """
-:root { color-scheme: light dark; --line: #8884; --right: #0072b2; --wrong: #d55e00; }
+:root { color-scheme: light dark; --line: #8884; --right: #0072b2; --wrong: #b34700; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 60rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; }
 td, th { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
-td { white-space: nowrap; }
+th { vertical-align: bottom; } td { white-space: nowrap; }
+td:first-child { white-space: normal; min-width: 5rem; max-width: 9rem; }
+@media (prefers-color-scheme: dark) { :root { --right: #56b4e9; --wrong: #f0a070; } }
+@media (max-width: 40rem) { .broad { overflow-x: auto; } .broad svg { width: 50rem; } }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: .5rem; background: white; color: black; } figure svg { width: 100%; height: auto; }
 .broad { grid-column: 1 / -1; } figcaption { padding: 0 .5rem; }
@@ -44,15 +60,15 @@ def marked(text: str) -> str:
     return re.sub("«(.*?)»", r"<mark>\1</mark>", html.escape(text))
 
 
-def list_of(items: Sequence[tuple[str, str]]) -> str:
+def list_of(items: Sequence[tuple[str, str]], tag: str = "ul") -> str:
     """Items as (class, HTML)."""
     rows = "".join(f'<li class="{kind}">{text}</li>' for kind, text in items)
-    return f"<ul>{rows}</ul>" if items else '<p class="note">none</p>'
+    return f"<{tag}>{rows}</{tag}>" if items else '<p class="note">none</p>'
 
 
 def to_html(markdown: str) -> str:
     """A block of Markdown as HTML: a table, or lines followed by a list."""
-    lines = markdown.splitlines()
+    lines = [line for line in markdown.splitlines() if line]
     if lines[:1] and lines[0].startswith("|"):
         return table_of(lines)
     heads = [html.escape(line) for line in lines if not line.startswith("- ")]
@@ -92,7 +108,7 @@ def read_rounds(folder: Path) -> dict[str, dict]:
 
 
 def choose(rounds: dict[str, dict], n: int) -> dict[str, list[int]]:
-    """Numbers of questions of U by what became of them, judged by the samples for labels."""
+    """Numbers of questions of U by what became of them (KINDS); those with pairs come first."""
 
     def solved(stage: str) -> list[bool]:
         return [any(row["correct"]) for row in rounds[stage]["samples for labels"]]
@@ -104,9 +120,10 @@ def choose(rounds: dict[str, dict], n: int) -> dict[str, list[int]]:
     first, last = last_method[0], last_method[-1]  # of its rounds
     by_st = methods.get("st", [[False] * n])
     by_dpo = methods.get("dpo-st", [[False] * n])
-    kinds: dict[str, list[int]] = {"turned right": [], "turned wrong": []}
-    kinds |= {"solved only by DPO-ST": [], "never solved": [], "solved twice": []}
-    for i in range(n):
+    kinds: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    paired = {question for found in rounds.values() for question in found["pairs"]}
+    rows = next(iter(rounds.values()))["samples for labels"]
+    for i in sorted(range(n), key=lambda i: rows[i]["question"] not in paired):
         st_solves = any(rows[i] for rows in by_st)
         dpo_solves = any(rows[i] for rows in by_dpo)
         if not st_solves and not dpo_solves:
@@ -118,31 +135,35 @@ def choose(rounds: dict[str, dict], n: int) -> dict[str, list[int]]:
         elif first[i] and not last[i]:
             kinds["turned wrong"].append(i)
         elif first[i]:
-            kinds["solved twice"].append(i)  # in the first round and in the last
+            kinds["solved twice"].append(i)
     return {kind: numbers[:PER_KIND] for kind, numbers in kinds.items()}
 
 
-def judged(row: dict, problem: Problem, tokenizer: Tokenizer, limit: float) -> str:
-    """A question's samples of one stage: right or wrong, and which are too similar to a kept one."""
+def judged(row: dict, purpose: str, tokenizer: Tokenizer, limit: float) -> str:
+    """A question's samples of one stage: right or wrong, and which are too similar to a kept one.
+
+    Wrong samples for labels are not used at all.
+    """
     items = []
-    kept: dict[bool, list[tuple[str, frozenset]]] = {True: [], False: []}
+    kept: dict[bool, list[tuple[int, frozenset]]] = {True: [], False: []}
     seen = {text: row["rationales"].count(text) for text in row["rationales"]}
-    for right, texts in zip((True, False), split_samples(list(seen), problem.answer)):
+    for right, texts in zip((True, False), split_samples(list(seen), row["answer"])):
         for text in texts:
             pieces = tokenizer.piece_set(text)
-            similar = [
-                (jaccard(pieces, other), number) for number, (_, other) in enumerate(kept[right], 1)
-            ]
+            similar = [(jaccard(pieces, other), number) for number, other in kept[right]]
             closest, number = max(similar, default=(0.0, 0))
             note = f" × {seen[text]}" if seen[text] > 1 else ""
-            if closest > limit:
-                note += f"; dropped: {closest:.2f} similar to {'right' if right else 'wrong'} one {number}"
+            if purpose == "labels" and not right:
+                pass
+            elif closest > limit:
+                note += f"; dropped: {closest:.2f} similar to number {number}"
+                note += " (the same pieces)" if closest == 1 else ""
             else:
-                kept[right].append((text, pieces))
+                kept[right].append((len(items) + 1, pieces))
             items.append(
                 ("right" if right else "wrong", f'{text_of(text)}<span class="note">{note}</span>')
             )
-    return list_of(items)
+    return list_of(items, "ol")
 
 
 def follow(i: int, rounds: dict[str, dict], tokenizer: Tokenizer, limit: float) -> str:
@@ -154,10 +175,8 @@ def follow(i: int, rounds: dict[str, dict], tokenizer: Tokenizer, limit: float) 
             if not rows:
                 continue
             row = rows[i]
-            problem = Problem(row["question"], row["answer"])
-            parts.append(
-                f"<h4>{stage}: samples for {purpose}</h4>" + judged(row, problem, tokenizer, limit)
-            )
+            parts.append(f"<h4>{stage}: samples for {purpose}</h4>")
+            parts.append(judged(row, purpose, tokenizer, limit))
             made = []
             for item in found[purpose].get(row["question"], ()):
                 if purpose == "labels":
@@ -200,13 +219,13 @@ def write_page(folder: Path, config, blocks: Sequence[str], figures: Path) -> Pa
     tokenizer = Tokenizer(folder / "warm-up" / "sft")
     title = html.escape(f"Flan-T5 {config.size}, seed {config.seed}: {folder.name}")
     words = f"{make_table(evaluations, config)}\n{closing_words(evaluations, calculate)}"
-    parts = [f"<h1>{title}</h1>", *map(to_html, words.split("\n\n"))]
+    parts = [f"<h1>{title}</h1>", *map(to_html, words.strip().split("\n\n"))]
     parts += ["<h2>Tables</h2>", *map(to_html, blocks)]
     pictures = ""
     for path in sorted(figures.glob("*.svg")) if figures.is_dir() else ():
         picture = path.read_text(encoding="utf-8").partition("<svg")[2]
         opening, _, rest = picture.partition(">")
-        name = html.escape(path.stem.replace("-", " "))
+        name = html.escape(CAPTIONS.get(path.stem, path.stem))
         kind = "broad" if path.stem == "dpo-curves" else ""
         pictures += f'<figure class="{kind}"><svg{opening} role="img"><title>{name}</title>{rest}'
         pictures += f"<figcaption>{name}</figcaption></figure>"
@@ -214,9 +233,11 @@ def write_page(folder: Path, config, blocks: Sequence[str], figures: Path) -> Pa
         parts.append(f'<h2>Pictures</h2><div class="panels">{pictures}</div>')
     if rounds:
         parts.append("<h2>Questions of U, followed through all rounds</h2>")
+        parts.append("<p><mark>Highlighted</mark>: written by the calculator.</p>")
         rows = next(iter(rounds.values()))["samples for labels"]
         for kind, numbers in choose(rounds, len(rows)).items():
-            parts.append(f"<h3>{kind}</h3>")
+            if numbers:
+                parts.append(f'<h3>{kind}</h3><p class="note">{KINDS[kind]}</p>')
             for i in numbers:
                 summary = html.escape(f"{rows[i]['question']} ({rows[i]['answer']})")
                 inner = follow(i, rounds, tokenizer, config.max_similarity)

@@ -32,7 +32,9 @@ from tests.bench.page import write_page
 from tokenizer import Tokenizer, format_rationale
 
 NAMES = {"st": "ST", "dpo-st": "DPO-ST"}
-EXPECTED = "by the calculations of the problem's own rationale"
+COLORS = {"st": BLUE, "dpo-st": RED}
+EXPECTED = "by the same calculations"
+LABELS = " (the labels are those of three samples of the round alone, without the cap)"
 SAME_KIND = MAY_CHANGE - {"rounds", "method", "bf16"}  # runs that differ in these are also merged
 
 # Student's t for 95 %, by the number of runs: two, three, and so on.
@@ -41,17 +43,14 @@ T_95 = (
     *(2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09),
 )
 
-COLORS = {"st": BLUE, "dpo-st": RED}
-
 # ------------------------------------------------------------------------------ means and intervals
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation; a single value has none."""
-    text = f"{statistics.mean(values):.1f}"
     if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.1f}"
-    return text
+        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return str(values[0]) if isinstance(values[0], int) else f"{values[0]:.1f}"
 
 
 def interval(differences: Sequence[float]) -> str:
@@ -254,19 +253,16 @@ def stage_table(title: str, runs: list[dict], group: str) -> list[str]:
     rows = []
     for stage in stages_of(runs):
         rows.append([stage] + [write_cell(runs, stage, group, name) for name in columns])
-    return [title, table(["", *columns], rows)]
+    return [title, table(["stage", *columns], rows)]
 
 
 def paired_differences(runs: list[dict], stage: str, other: str) -> list[float]:
     """The first test's accuracy after `stage` minus that after `other`, in runs that have both."""
     test = first_test(runs)
-    differences = []
+    pairs = []
     for found in runs:
-        one = values_of([found], stage, "accuracy", test)
-        two = values_of([found], other, "accuracy", test)
-        if one and two:
-            differences.append(one[0] - two[0])
-    return differences
+        pairs.append([values_of([found], name, "accuracy", test) for name in (stage, other)])
+    return [one[0] - two[0] for one, two in pairs if one and two]
 
 
 def list_differences(runs: list[dict]) -> str:
@@ -293,14 +289,18 @@ def describe_runs(runs: list[dict]) -> list[str]:
     return [
         *stage_table(f"Greedy accuracy in %, {how}:", runs, "accuracy"),
         list_differences(runs),
-        *stage_table("Right held-out answers, in % of these:", runs, "right answers"),
-        *stage_table("Samples on U, drawn for pairs:", runs, "before"),
-        *stage_table("Samples on U, drawn for pseudo-labels:", runs, "after"),
+        *stage_table(
+            "Right held-out answers, % that use the calculations of the known rationale:",
+            runs,
+            "right answers",
+        ),
+        *stage_table(f"Samples on U, drawn for pairs{LABELS}:", runs, "before"),
+        *stage_table(f"Samples on U, drawn for pseudo-labels{LABELS}:", runs, "after"),
     ]
 
 
 def compare_kinds(folders: list[Path], kinds: list[dict]) -> list[str]:
-    """The flags in which runs differ, and the problems that each gains and loses.
+    """The flags in which runs differ, their accuracies, and the problems that each gains and loses.
 
     A run is compared with the run of the first kind that has its seed, or else with the first run.
     Raises ValueError if they were tested on different problems.
@@ -308,24 +308,28 @@ def compare_kinds(folders: list[Path], kinds: list[dict]) -> list[str]:
     names = [name for name in kinds[0] if len({str(kind.get(name)) for kind in kinds}) > 1]
     rows = [[name, *(str(kind.get(name)) for kind in kinds)] for name in names]
     blocks = ["Runs that differ in flags:", table(["flag", *map(str, folders)], rows)]
-    first = {}
-    for folder, kind in zip(folders, kinds):
+    evaluations = [read_evaluations(folder) for folder in folders]
+    shares = [{stage: accuracies(rows) for stage, rows in run.items()} for run in evaluations]
+    test = evaluations[0]["warm-up"][0]["test"]
+    rows = []
+    for stage in stages_of(shares):
+        rows.append([stage, *(f"{run[stage][test]:.1f}" if stage in run else "" for run in shares)])
+    blocks += [f"Accuracy on {test}, in %:", table(["stage", *map(str, folders)], rows)]
+    usual = {}
+    for folder, kind, ours in zip(folders, kinds, evaluations):
+        seed = config_of(folder).seed
         if kind == kinds[0]:
-            first[config_of(folder).seed] = folder
-    for folder, kind in zip(folders, kinds):
-        if kind == kinds[0]:
+            usual[seed] = folder, ours
             continue
-        usual = first.get(config_of(folder).seed, folders[0])
-        ours, theirs = read_evaluations(folder), read_evaluations(usual)
+        other, theirs = usual.get(seed, (folders[0], evaluations[0]))
         lines = []
         for stage in [stage for stage in ours if stage in theirs]:
             asked = [[row["question"] for row in run[stage]] for run in (ours, theirs)]
             if asked[0] != asked[1]:
-                raise ValueError(f"{folder} was tested on other problems than {usual}")
+                raise ValueError(f"{folder} was tested on other problems than {other}")
             lines.append(f"- {stage}: {compare(theirs[stage], ours[stage])}")
-        test = next(iter(ours.values()))[0]["test"]
-        blocks += [f"{folder} against {usual}, {test}:", "\n".join(lines)]
-    return blocks
+        blocks += [f"{folder} against {other}:", "\n".join(lines)]
+    return [*blocks, f"Everything below is about {folders[0]}."]
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -361,7 +365,7 @@ def draw_rounds(runs: list[dict], lines: Sequence[tuple[str, str, str]]):
     # Users name the test sets: a dollar sign in a name must not start a formula.
     axes.set_ylabel(f"greedy accuracy, {lines[0][0]} (%)", parse_math=False)
     axes.set_xticks(range(last + 1))
-    add_legend(axes)
+    add_legend(axes, fontsize=9)
     return figure
 
 
@@ -388,9 +392,7 @@ def draw_logged(
     if not curves:
         return
     steps = sorted(set(curves[0]).intersection(*curves))  # logged by all runs
-    rows = []
-    for curve in curves:
-        rows.append([curve[step] for step in steps])
+    rows = [[curve[step] for step in steps] for curve in curves]
     draw_band(axes, steps, rows, label, color)
 
 
@@ -400,7 +402,7 @@ def draw_dpo_curves(logs: list[list[dict]]):
     figure, (losses, rewards, order) = new_figure(14, 4.2, 3)
     draw_logged(losses, logs, stage, "loss", "loss", RED)
     losses.axhline(math.log(2), color="grey", linewidth=1)
-    losses.annotate("log 2", (0, math.log(2)), color="grey", va="bottom")
+    losses.text(0, math.log(2) + 0.01, "log 2", color="grey")
     losses.set_ylabel("DPO loss (nats per pair)")
     draw_logged(rewards, logs, stage, "chosen_rewards", "chosen", GREEN)
     draw_logged(rewards, logs, stage, "rejected_rewards", "rejected", PINK)
@@ -462,11 +464,7 @@ def draw(folders: list[Path], runs: list[dict], out: Path) -> None:
 def usable(paths: list[Path]) -> list[Path]:
     """The folders with something to report, each once; print why the others are left out."""
     folders = []
-    places = set()
-    for path in paths:
-        if path.resolve() in places:
-            continue
-        places.add(path.resolve())
+    for path in {path.resolve(): path for path in paths}.values():
         if not (path / "config.json").exists():
             print(f"{path}: there is no run, left out", file=sys.stderr)
         elif not (path / "warm-up" / "evaluation.jsonl").exists():
