@@ -17,6 +17,8 @@ DOORS = {
     name: (ROOT / name / "README.md").read_text(encoding="utf-8")
     for name in (".", "data", "tests", "tests/bench")
 }
+for path in (ROOT / "tests").glob("teaching.md"):  # not in the copies of exercises
+    DOORS["tests"] += path.read_text(encoding="utf-8")
 MODULES = [path.name for path in sorted(ROOT.glob("*.py"))]
 SOURCES = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
 
@@ -100,7 +102,8 @@ def test_every_flag_in_the_readmes_exists():
     known = {"--help", "--index-url", "--nproc-per-node", "--slow"}
     for action in run.make_parser()._actions:
         known |= set(action.option_strings)
-    for path in [ROOT / "decode.py", *(ROOT / "tests" / "bench").glob("*.py")]:
+    commands = [ROOT / "decode.py", ROOT / "tests" / "exercise.py"]
+    for path in [*commands, *(ROOT / "tests" / "bench").glob("*.py")]:
         known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
     for folder, text in DOORS.items():
         text = re.sub("^#SBATCH.*", "", text, flags=re.M)  # SLURM's
