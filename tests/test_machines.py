@@ -17,7 +17,7 @@ from data.problems import Problem, check_leakage, read_jsonl, write_jsonl
 from data.results import make_table, read_evaluations
 from selftrain import is_correct
 from tests.bench.report import measure
-from tests.conftest import ROOT
+from tests.conftest import ROOT, hear_ctrl_c
 from tests.test_processes import start
 from tests.test_run import command, hashes, main_in_this_process
 from tokenizer import Tokenizer
@@ -282,8 +282,9 @@ def test_ctrl_c_while_torch_is_imported_is_one_word():
     )
     for file in ("run.py", "decode.py"):
         result = subprocess.run(
-            [sys.executable, "-c", program, file], cwd=ROOT, capture_output=True, text=True
-        )
+            [sys.executable, "-c", program, file], cwd=ROOT, capture_output=True, text=True,
+            preexec_fn=hear_ctrl_c,
+        )  # fmt: skip
         assert result.returncode != 0 and result.stderr == "stopped\n", result.stderr
 
 

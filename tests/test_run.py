@@ -742,7 +742,8 @@ def test_the_sign_test_is_exact():
     half = new[:5] + old[:3]
     other = old[:5] + new[:3]
     assert compare(other, half) == "5 gained, 3 lost: this may be chance (sign test, p = 0.73)"
-    assert "p = 1)" in compare(old, old)
+    assert "p = 1)" in compare(new[:1] + old[:1], old[:1] + new[:1])
+    assert compare(old, old) == "the same problems are solved"
 
 
 def test_the_calculators_results_are_marked_in_stored_texts():

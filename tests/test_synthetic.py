@@ -181,7 +181,7 @@ def test_no_run_trains_or_tests_on_what_the_bundled_base_has_read(seed, read_by_
         run.parse_args(["--seed", str(seed), "--n-test", "2000", "--device", "cpu"])
     )
     train = {problem.question for problem in [*labeled, *unlabeled]}
-    assert len(train) == 950 and not train & read_by_the_base
+    assert len(train) == 1250 and not train & read_by_the_base
     assert [(name, len(problems)) for name, problems in tests.items()] == [
         ("held-out", 2000), ("library", 500), ("orchard", 500), ("dev", 500),
     ]  # fmt: skip
