@@ -116,8 +116,8 @@ class RowState:
         """Follow the brackets piece by piece, so that no text has to be read twice.
 
         At `[ expression =` the result and `]` are queued, and `take` writes them instead of the
-        model's choices. The model goes on by itself where the expression does not evaluate, and
-        where a piece has text after `=`: then the model has started the result.
+        model's choices. Nothing is queued if the expression does not evaluate, or if a piece has
+        text after `=`: then the model has started the result itself.
 
         >>> tokenizer = Tokenizer("data/tiny")
         >>> row = RowState(tokenizer, calculator=True, sample=Sample(), noise=[0.0] * 9)

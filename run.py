@@ -232,8 +232,9 @@ def main() -> None:
     tokenizer = Tokenizer(base)
     check_vocabulary(base, read_config(base).vocab_size, tokenizer.vocab_size)
     check_data(labeled, unlabeled, tests, tokenizer, config.allow_leakage)
-    labeled, unlabeled = labeled[: config.limit or None], unlabeled[: config.limit or None]
-    tests = {name: problems[: config.limit or None] for name, problems in tests.items()}
+    limit = config.limit or None  # 0: all
+    labeled, unlabeled = labeled[:limit], unlabeled[:limit]
+    tests = {name: problems[:limit] for name, problems in tests.items()}
 
     folder = Path(config.out)
     with open_folder(folder, vars(config), (labeled, unlabeled, tests), base):

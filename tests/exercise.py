@@ -274,24 +274,27 @@ def find(source: str, path: str) -> ast.FunctionDef:
     return node
 
 
+def parts_of(source: str, target: str) -> tuple[list[ast.stmt], list[ast.stmt]]:
+    """A function's docstring, if it has one, and the statements that are an exercise (Exercise)."""
+    path, _, branch = target.partition(":")
+    node = find(source, path)
+    if branch:
+        return [], next(inner for inner in ast.walk(node) if isinstance(inner, ast.If)).body
+    n = 0 if ast.get_docstring(node) is None else 1
+    return node.body[:n], node.body[n:]
+
+
 def empty(source: str, target: str, number: int) -> str:
     """Replace a function's body, after its docstring, with an error; for `f:if`, the first branch.
 
     Formulas, which are indented in the docstring, and comments of its examples go, too.
     """
-    path, _, branch = target.partition(":")
-    node = find(source, path)
-    body = node.body
-    documented = ast.get_docstring(node) is not None and not branch
-    if branch:
-        body = next(inner for inner in ast.walk(node) if isinstance(inner, ast.If)).body
-    elif documented:
-        body = node.body[1:]
+    path = target.partition(":")[0]
+    docstring, body = parts_of(source, target)
     lines = source.splitlines()
     message = f'raise NotImplementedError("exercise {number}: {path} is yours to write")'
     lines[body[0].lineno - 1 : body[-1].end_lineno] = [" " * body[0].col_offset + message]
-    if documented:
-        text = node.body[0]
+    for text in docstring:
         inside = slice(text.lineno, text.end_lineno - 1)
         lines[inside] = without_formulas(lines[inside], text.col_offset)
     return "\n".join(lines) + "\n"

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.exercise import EXERCISES, copy, find
+from tests.exercise import EXERCISES, copy, parts_of
 
 OTHER_OPERATOR = {
     ast.Add: ast.Sub,
@@ -85,23 +85,11 @@ def is_call(node: ast.AST) -> bool:
 
 def mutants_of(source: str, target: str) -> list[tuple[str, str]]:
     """Every mutant of one function: (what differs, the file's source)."""
-    path, _, branch = target.partition(":")
-    node = find(source, path)
-    docstring = node.body[:1] if ast.get_docstring(node) is not None else []
-    body = node.body
-    if branch:
-        body = next(inner for inner in ast.walk(node) if isinstance(inner, ast.If)).body
+    path = target.partition(":")[0]
+    _, statements = parts_of(source, target)
     lines = source.splitlines()
-    kept = [
-        number
-        for statement in docstring
-        for number in range(statement.lineno - 1, statement.end_lineno)
-    ]
-    first, last = body[0].lineno - 1, body[-1].end_lineno
-    indent = " " * body[0].col_offset
-    statements = [statement for statement in body if statement not in docstring]
-    first = statements[0].lineno - 1
-    assert not kept or kept[-1] < first
+    first, last = statements[0].lineno - 1, statements[-1].end_lineno
+    indent = " " * statements[0].col_offset
     before = ast.unparse(ast.Module(statements, []))
     found = []
     for place, old in enumerate(walk(statements)):

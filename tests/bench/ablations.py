@@ -127,10 +127,8 @@ def run_variant(name: str) -> None:
     ) -> Iterator[None]:
         with open_folder(folder, config, problems, base):
             for stage in variant.shared:
-                theirs, ours = (
-                    usual_folder(config["seed"], config["labeled"]) / stage,
-                    folder / stage,
-                )
+                theirs = usual_folder(config["seed"], config["labeled"]) / stage
+                ours = folder / stage
                 ours.parent.mkdir(parents=True, exist_ok=True)
                 if theirs.is_dir():
                     shutil.copytree(theirs, ours, dirs_exist_ok=True)
@@ -272,8 +270,8 @@ def main() -> None:
             command += [*find_variant(name).flags.split(), "--out", str(folder_of(name, seed))]
             jobs.append((command, name, seed))
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(start, *zip(*usual_jobs))) if usual_jobs else None
-        list(pool.map(start, *zip(*jobs)))
+        for part in (usual_jobs, jobs):  # the second part needs the first
+            list(pool.map(lambda job: start(*job), part))
     for number in range(1, args.rounds + 1):
         print_round(number, args.seeds, names, validation)
 

@@ -14,7 +14,9 @@ question, from all its samples without deduplication. Runs that differ in the se
 
 import argparse
 import statistics
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from data.problems import Problem, read_jsonl
 from data.terminal import run_command
-from dpo import PreferencePair, make_pair_examples, train_dpo
+from dpo import PreferencePair
 from model import T5, load_flan_t5
 from run import load_data
 from selftrain import Experiment, jaccard, make_pairs
@@ -233,17 +235,10 @@ def look_closely(folder: Path, number: int) -> tuple[Step, Step]:
         problem = Problem(row["question"], row["answer"])
         ranked = make_pairs(problem, row["rationales"], tokenizer, 1.0, len(row["rationales"]) ** 2)
         similar += ranked[-config.n_pairs :]
-    peak_rate = config.dpo_learning_rate * (config.later_ratio if number > 1 else 1)
-    schedule = experiment.schedule(peak_rate, config.dpo_batch_size)
-    examples = make_pair_examples(similar, tokenizer)
-    trained = train_dpo(
-        load_flan_t5(before), examples, config.dpo_steps, config.beta, schedule, "DPO", print_none
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        repeated = replace(experiment, folder=Path(scratch))
+        trained = load_flan_t5(repeated.dpo("dpo", before, similar, number))
     return usual, Step(experiment, policy, trained, similar)
-
-
-def print_none(record: dict) -> None:
-    """Log nothing."""
 
 
 def print_closely(steps: list[tuple[Step, Step]]) -> None:
