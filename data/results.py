@@ -37,20 +37,25 @@ def column_of(row: dict) -> str:
     return row["test"] if row["calculator"] else f"{row['test']} without calculator"
 
 
+def rounds_with(folder: Path, file: str) -> list[str]:
+    """The rounds of a run that have a file: st/round-1, and so on."""
+    rounds = []
+    for method in ("st", "dpo-st"):
+        number = 1
+        while (folder / method / f"round-{number}" / file).exists():
+            rounds.append(f"{method}/round-{number}")
+            number += 1
+    return rounds
+
+
 def read_evaluations(folder: Path) -> dict[str, list[dict]]:
     """The rows of every evaluation of a run, by stage: warm-up, st/round-1, and so on.
 
     Raises ValueError if a file is damaged, or not about the same problems as the first.
     """
-    stages = ["warm-up"]
-    for method in ("st", "dpo-st"):
-        number = 1
-        while (folder / method / f"round-{number}" / "evaluation.jsonl").exists():
-            stages.append(f"{method}/round-{number}")
-            number += 1
     evaluations: dict[str, list[dict]] = {}
     asked = None
-    for stage in stages:
+    for stage in ["warm-up", *rounds_with(folder, "evaluation.jsonl")]:
         path = folder / stage / "evaluation.jsonl"
         rows = read_jsonl(path)
         questions = [(row.get("test"), row.get("question")) for row in rows]

@@ -58,8 +58,8 @@ EXERCISES = [
         empty=("relative_position_bucket",),
         tests="tests/test_model.py -k buckets",
         hint="Half of the buckets are exact. At which distance does the logarithm reach the last one?",
-        after="model.Stack.position_bias: one table for all blocks. What would decode.KVCache lose "
-        "with absolute positions?",
+        after="model.Stack.position_bias: why can one table serve all blocks? What would change in "
+        "decode.KVCache with absolute positions?",
     ),
     Exercise(
         title="RMSNorm, and why it subtracts no mean",
@@ -142,8 +142,8 @@ EXERCISES = [
         empty=("jaccard", "deduplicate"),
         tests="tests/test_selftrain.py -k 'jaccard or similar or deduplication or copies'",
         hint="Compare each rationale with all that were kept, not with those that were dropped.",
-        after="python run.py --max-similarity 0.5 --out runs/similar, then 1 in another folder: how "
-        "many pseudo-labels does each log.jsonl report?",
+        after="python run.py --method dpo-st --rounds 1 --max-similarity 0.5 --out runs/similar, then 1 "
+        "in another folder: how many pairs does each log.jsonl report, and why does S_a hardly change?",
         time="45 minutes",
     ),
     Exercise(
@@ -221,7 +221,7 @@ EXERCISES = [
     ),
     Exercise(
         title="Open: hold out some of the DPO pairs",
-        read="README, How to read the log of DPO",
+        read="tests/README.md, How to read the log of DPO",
         file="dpo.py",
         empty=(),
         tests="tests/test_dpo.py",
@@ -240,7 +240,7 @@ EXERCISES = [
         time="an afternoon",
     ),
     Exercise(
-        title="Open: a right answer is no right reason",
+        title="Open: a right answer is not a right reason",
         read="data/README.md, Few possible answers, and Another check, another tool",
         file="selftrain.py",
         empty=(),
@@ -386,6 +386,7 @@ def prepare(numbers: Sequence[int], folder: Path, with_hint: bool = False) -> No
     tasks = [describe(number, with_hint) for number in numbers]
     tasks.append(
         "Once, before the first test: `pip install -r requirements-test.txt`. "
+        "Write your answers to `Then` below. "
         f"Hand in {', '.join(files)}, and this file."
     )
     (folder / TASK).write_text("\n".join(tasks) + "\n", encoding="utf-8")

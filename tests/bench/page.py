@@ -13,7 +13,7 @@ from pathlib import Path
 
 from calculator import calculate
 from data.problems import read_jsonl
-from data.results import closing_words, make_table, mark_results, read_evaluations
+from data.results import closing_words, make_table, mark_results, read_evaluations, rounds_with
 from selftrain import jaccard, split_samples
 from tokenizer import Tokenizer
 
@@ -90,20 +90,16 @@ def table_of(lines: Sequence[str]) -> str:
 def read_rounds(folder: Path) -> dict[str, dict]:
     """Of every round that is there: samples (rows of U), pairs and labels by question."""
     rounds = {}
-    for method in ("st", "dpo-st"):
-        number = 1
-        while (folder / method / f"round-{number}" / "pseudo-labels.jsonl").exists():
-            here = folder / method / f"round-{number}"
-            found = {"pairs": {}, "labels": {}}
-            for name, file in (("pairs", "preference-pairs"), ("labels", "pseudo-labels")):
-                path = here / f"{file}.jsonl"
-                for row in read_jsonl(path) if path.exists() else ():
-                    found[name].setdefault(row["question"], []).append(row)
-            for name in ("pairs", "labels"):
-                path = here / f"samples-for-{name}.jsonl"
-                found[f"samples for {name}"] = read_jsonl(path) if path.exists() else []
-            rounds[f"{method}/round-{number}"] = found
-            number += 1
+    for stage in rounds_with(folder, "pseudo-labels.jsonl"):
+        found = {"pairs": {}, "labels": {}}
+        for name, file in (("pairs", "preference-pairs"), ("labels", "pseudo-labels")):
+            path = folder / stage / f"{file}.jsonl"
+            for row in read_jsonl(path) if path.exists() else ():
+                found[name].setdefault(row["question"], []).append(row)
+        for name in ("pairs", "labels"):
+            path = folder / stage / f"samples-for-{name}.jsonl"
+            found[f"samples for {name}"] = read_jsonl(path) if path.exists() else []
+        rounds[stage] = found
     return rounds
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import run
 from data.folder import MAY_CHANGE, read_run_config
 from data.problems import Problem, read_jsonl
-from data.results import accuracies, compare, half_width, read_evaluations
+from data.results import accuracies, compare, half_width, read_evaluations, rounds_with
 from data.terminal import run_command
 from selftrain import MAX_SIMILARITY, extract_answer, jaccard, make_pseudo_labels, pass_at_k
 from tests.bench import drawing
@@ -178,13 +178,8 @@ def measure(folder: Path) -> dict[str, dict[str, dict]]:
     config = config_of(folder)
     solved_by = solutions(config)
     tokenizer = Tokenizer(folder / "warm-up" / "sft")
-    stages = ["warm-up"]
-    for method in NAMES:
-        n_rounds = len(list((folder / method).glob("round-*")))
-        for number in range(1, n_rounds + 1):
-            stages.append(f"{method}/round-{number}")
     found = {}
-    for stage in stages:
+    for stage in ["warm-up", *rounds_with(folder, "")]:
         groups = {}
         evaluation = folder / stage / "evaluation.jsonl"
         if evaluation.exists():
