@@ -216,17 +216,18 @@ def print_row(name: str, numbers: dict[str, list[float]], difference: str) -> No
     means = {name: f"{statistics.mean(values):.1f}" for name, values in numbers.items()}
     correct = f"{means.get('before', '')} -> {means['correct']}"
     unanswered = f"{means.get('unanswered before', '')} -> {means['unanswered']}"
-    accuracy = spread(numbers["accuracy"])
-    print(f"| {name} | {accuracy} | {difference} | {means['labels']} | {correct} | {unanswered} |")
+    cells = [name, spread(numbers["accuracy"]), difference, means["labels"], correct, unanswered]
+    by_seed = ", ".join(f"{value:.2f}" for value in numbers["accuracy"])
+    print(f"| {' | '.join([*cells, by_seed])} |")
 
 
 def print_round(number: int, seeds: Sequence[int], names: Sequence[str], validation: bool) -> None:
     """Print the table after a round."""
     print(f"\nRound {number}, {len(seeds)} seeds; before -> after the DPO step in % of samples:\n")
-    print(
-        "| | accuracy | minus the method as it is | pseudo-labels | correct | without an answer |"
-    )
-    print("|---|---|---|---|---|---|")
+    columns = ["accuracy", "minus the method as it is", "pseudo-labels", "correct"]
+    columns += ["without an answer", "accuracy by seed"]
+    print(f"| | {' | '.join(columns)} |")
+    print("|---" * 7 + "|")
     usual_folders = [usual_folder(seed, validation) for seed in seeds]
     usual = look_up(usual_folders, f"dpo-st/round-{number}")
     print_row("as it is", usual, "")
