@@ -63,7 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--slow",
         action="store_true",
-        help="the long forms of some tests too: about twenty minutes more",
+        help="the long forms of some tests too: about half an hour more",
     )
 
 

@@ -1,5 +1,6 @@
 """The exercises: an empty function fails its grader with a helpful message, and plausible wrong answers also fail."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -95,6 +96,16 @@ def test_plausible_wrong_answers_do_not_pass(tmp_path, slow):
     assert len(WRONG) == 10
     with ThreadPoolExecutor(2) as pool:
         assert not any(failed := [*pool.map(attempt, some(list(WRONG), slow))]), failed
+
+
+def test_small_faults_do_not_pass(slow):
+    """What a grader lets pass of faults made by rule, it would let pass of a student: at least 95 % must be caught. Two
+    exercises by default; all twelve, with over 200 faults, with --slow."""
+    command = [sys.executable, "-m", "tests.mutants", *([] if slow else ["2", "11"])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    caught, of = map(int, re.search(r"^(\d+) of (\d+) caught$", result.stdout, re.M).groups())
+    assert result.returncode == 0 and caught >= 0.95 * of, result.stdout + result.stderr
+    assert of >= (200 if slow else 7)
 
 
 def test_graders_pass_on_the_project_itself(tmp_path, slow):
