@@ -36,7 +36,7 @@ from tokenizer import EOS_ID, MAX_QUESTION, Tokenizer, pad_batch
 MAX_NEW_TOKENS = 300  # appendix A
 TOP_K = 50  # DIFFERS: stated here; the authors inherit it from their framework without saying so
 ENCODE_BATCH = 32  # questions encoded at a time
-BELOW_1 = 1 - 2**-24  # the largest fp32 number below 1, to which larger ones would be rounded up
+BELOW_1 = 1 - 2**-24  # the largest fp32 number below 1; a larger random() would round up to 1
 
 # ------------------------------------------------------------------- one rationale, one more token
 
@@ -52,7 +52,7 @@ class Sample:
 
 
 def uniform_noise(seed: int | str, question: str, number: int, n: int) -> list[float]:
-    """n random numbers in [0, 1), one per token of one rationale; they depend on nothing else."""
+    """n numbers in [0, 1), one per token; they depend on seed, question and number alone."""
     source = random.Random(f"{seed}/{number}/{question}")
     return [min(source.random(), BELOW_1) for _ in range(n)]
 
@@ -137,7 +137,7 @@ class RowState:
         elif "=" in piece:
             if self.expression.endswith("="):
                 result = calculate(self.expression[:-1])
-                if result is not None:  # `encode` adds a space: `= 24]`
+                if result is not None:  # SentencePiece adds the space of `= 24]`
                     self.queue.extend(self.tokenizer.encode(f"{result}]")[:-1])  # without EOS
             self.expression = None
 
@@ -382,7 +382,7 @@ def main() -> None:
             cut = "" if sample.finished else f" (cut at {MAX_NEW_TOKENS} tokens)"
             print(f"  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}{cut}")
         if len(samples) > 1:
-            answers = Counter(sample.text.rpartition("####")[2].strip() for sample in samples)
+            answers = Counter(sample.text.partition("####")[2].strip() for sample in samples)
             [(answer, n)] = answers.most_common(1)
             print(f"  {n} of {len(samples)} samples end in #### {answer}")
     if args.question:

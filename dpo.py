@@ -85,9 +85,9 @@ def dpo_loss(
         loss = -log sigmoid(r(y_w|x) - r(y_l|x))
 
     beta says how strongly the policy is tied to the reference: the smaller it is, the farther the
-    policy must move from the reference to reach the same loss. The loss makes rationales that reach
-    the answer more probable than those that do not, so a model trained with it should solve more
-    questions when it samples pseudo-labels. Source: paper, section 2, eq. 5.
+    policy must move from the reference to reach the same loss. The loss widens the margin between
+    the two; the chosen rationale itself may become less probable. A model trained with it should
+    solve more questions when it samples pseudo-labels. Source: paper, section 2, eq. 5.
 
     >>> logps = [torch.tensor([value]) for value in (-11.0, -14.0, -12.0, -13.0)]
     >>> losses, chosen_rewards, rejected_rewards = dpo_loss(*logps, beta=0.1)

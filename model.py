@@ -244,9 +244,8 @@ class T5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = embedding(
-            config.vocab_size, config.d_model
-        )  # by both stacks, NOT by the head
+        # Shared by both stacks, NOT by the head.
+        self.shared = embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = linear(config.d_model, config.vocab_size)
@@ -286,7 +285,7 @@ class T5(nn.Module):
 
         The cache (decode.KVCache) offers three methods:
             advance()                    -> the biases of this step, for own tokens and question
-            append(layer, keys, values)  -> adds those of this token; all keys and values so far
+            append(layer, keys, values)  -> all so far, with this token's, which it stores
             source(layer)                -> the keys and values of the question
         """
         bias, source_bias = cache.advance()

@@ -75,7 +75,7 @@ NUMBERS = {
     "DPO": [
         ("--dpo-steps", count, 150, "optimiser steps [table 5]"),
         ("--dpo-learning-rate", positive, 7e-7, "peak learning rate in round 1 [table 5]"),
-        ("--later-ratio", positive, 1, "that of later rounds / that of round 1 [table 5]"),
+        ("--later-ratio", positive, 1, "that of later rounds / that of round 1 [table 5 has one]"),
         ("--dpo-batch-size", count, 96, "pairs per step [table 5]"),
         ("--beta", positive, 0.1, "ties the policy to the reference [section 4.2]"),
     ],
@@ -175,7 +175,7 @@ def load_data(
 ) -> tuple[list[Problem], list[Problem], dict[str, list[Problem]]]:
     """The labeled set L (rationales formatted), the unlabeled set U, and the test sets by name.
 
-    The rationales of U are not used, but join_gold gives it those of L.
+    U's own rationales are ignored; join_gold adds those of L.
     """
     if config.labeled:
         labeled = load_problems(config.labeled)
@@ -251,7 +251,7 @@ def main() -> None:
             model = self_train(experiment, method)
         say("\n" + from_process_0(lambda: conclude(folder, config, calculate)))
     decode = relpath(HERE / "decode.py")
-    say(f"{time.perf_counter() - began:,.0f} s. All tables and pictures; ask the last model:")
+    say(f"{time.perf_counter() - began:,.0f} s. Tables and figures, then a question to the model:")
     say(f"python -m tests.bench.report {shlex.quote(str(folder))}")
     say(f'python {shlex.quote(decode)} --checkpoint {shlex.quote(str(model))} "QUESTION"')
 

@@ -36,7 +36,7 @@ MAX_SIMILARITY = 0.7  # section 4.2: more similar rationales are duplicates
 N_PAIRS = 3  # authors' code: preference pairs kept per question
 PERCENTILE = 90  # authors' code: caps the pseudo-labels per question
 Rationales = list[list[str]]  # the samples of each question
-NO_LABEL = "correct samples are too similar to gold, or above the cap (--percentile)"
+NO_LABEL = "no correct sample, or all too similar to gold or above the cap (--percentile)"
 SCHEDULE_FLAGS = (  # the fields of sft.Schedule that are the same for SFT and DPO
     *("warmup_ratio", "final_ratio", "weight_decay", "max_grad_norm"),
     *("micro_batch_tokens", "bf16", "log_every", "seed"),
@@ -138,13 +138,12 @@ def make_pairs(
     losing = deduplicate(incorrect, tokenizer, max_similarity)
     # Tokenize each text once; it occurs in many pairs.
     pieces = {rationale: tokenizer.piece_set(rationale) for rationale in winning + losing}
-    ranked = []
+    pairs = []
     for chosen in winning:
         for rejected in losing:
-            similarity = jaccard(pieces[chosen], pieces[rejected])
-            ranked.append((similarity, PreferencePair(problem.question, chosen, rejected)))
-    ranked.sort(key=lambda item: item[0])
-    return [pair for _, pair in ranked[:n_pairs]]
+            pairs.append(PreferencePair(problem.question, chosen, rejected))
+    pairs.sort(key=lambda pair: jaccard(pieces[pair.chosen], pieces[pair.rejected]))
+    return pairs[:n_pairs]
 
 
 def make_pseudo_labels(
@@ -197,7 +196,7 @@ def self_train(experiment: "Experiment", method: str) -> Path:
     argument of each stage is the file or folder that it makes.
     """
     L, c = experiment.L, experiment.config
-    # The rationales of all rounds so far are used, not only the last round's (authors' code).
+    # Earlier rounds count: labels as in the paper (L <- S_a + L), pairs as in the authors' code.
     drawn_for_pairs: list[Rationales] = []  # by f'
     drawn_for_labels: list[Rationales] = []  # by f' (ST) or f_d (DPO-ST)
     f_prime = experiment.sft("warm-up/sft", L)  # f' = SFT(f, L)
@@ -264,7 +263,7 @@ class Experiment:
     def dpo(self, name: str, policy: Path, pairs: list[PreferencePair], round_number: int) -> Path:
         """DPO(policy, reference = policy, pairs); without pairs, the policy itself.
 
-        In later rounds most pairs are of earlier models: --size tiny then takes smaller steps.
+        In later rounds --size tiny takes smaller steps: fewer samples then lose their answer.
         """
         c = self.config
         if not pairs:
@@ -321,7 +320,7 @@ class Experiment:
         return self.keep(name, labels, if_none=f"SFT uses L alone: {NO_LABEL}")
 
     def keep(self, name: str, items: list, if_none: str) -> list:
-        """Store pairs or labels for people to read; every start makes them anew from samples."""
+        """Store pairs or labels for people to read; a restart makes them again from the samples."""
 
         def to_rows() -> list[dict]:
             questions = {item.question for item in items}

@@ -36,7 +36,7 @@ class Schedule:
     final_ratio: float = 0.1  # authors' code: the cosine ends at this fraction of the peak
     weight_decay: float = 0.01  # appendix A
     max_grad_norm: float = 1.0  # appendix A
-    micro_batch_tokens: int = 2048  # per forward pass; bounds the memory
+    micro_batch_tokens: int = 2048  # per forward pass; bounds the memory (8192 on a GPU)
     bf16: bool = False  # compute in bf16; weights and AdamW's moments stay fp32
     log_every: int = 10  # optimiser steps between two logged lines
     seed: int = 42  # authors' code: for the data's order and dropout
@@ -83,11 +83,10 @@ def token_logps(model: T5, states: Tensor, attention_mask: Tensor, labels: Tenso
 
 
 def sft_loss(model: T5, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Eq. 2 without its factor 1/N, which `train` applies:
+    """The sum in eq. 2, of which `train` makes a mean over the target tokens of the batch:
 
-        loss = -1/N * sum over (x, y) and t of log pi(y_t | x, y_<t)
+        loss = -sum over (x, y) and t of log pi(y_t | x, y_<t)
 
-    N is the number of target tokens in the complete batch.
     DIFFERS: the authors average over the tokens of each device, and then over the devices.
     """
     input_ids, mask = pad_batch([example.input_ids for example in examples], model.device)
@@ -167,8 +166,8 @@ def train(
         model.parameters(), weight_decay=schedule.weight_decay, fused=True
     )
     batch_stream = batches(items, schedule.batch_size, schedule.seed)
-    for step in progress(range(n_steps), name, "step"):
-        batch = next(batch_stream)
+    guessing = math.log(model.config.vocab_size)  # a uniform guess's loss; far above it is an error
+    for step, batch in zip(progress(range(n_steps), name, "step"), batch_stream):
         n_terms = sum(item.n_terms for item in batch)
         # 1. The gradient, one micro-batch after another. Under torchrun each process takes a share
         #    of the batch, and the gradients of all are added up.
@@ -182,7 +181,6 @@ def train(
         sums = add_over_processes(model, sums)
         # 2. One optimiser step.
         norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm).item()
-        guessing = math.log(model.config.vocab_size)
         check_training(sums["loss"], norm, guessing, f"{name}, step {step + 1}")
         rate = learning_rate(step, n_steps, schedule)
         optimizer.param_groups[0]["lr"] = rate

@@ -95,7 +95,7 @@ def format_rationale(text: str) -> str:
     text = re.sub(r"<<(\d+)=\1>>", "", text)  # an annotation that only restates a number
     text = re.sub(r"(?<=\D):(?=\d)", ": ", text)  # but not in 5:30
     text = text.replace("<<", "[ ").replace(">>", "] ")
-    text = re.sub("#### ?", "#### ", text)  # exactly one space after the mark
+    text = re.sub("#### ?", "#### ", text)  # at least one space after the mark
     text = re.sub(r"\$(?=\S)", "$ ", text)
     # A match consumes both neighbours, so 2+3+4 becomes 2 + 3+4, as in the authors' training text.
     # DIFFERS: =-18 becomes = -18, as the calculator writes it; the authors make it = - 18.

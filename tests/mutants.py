@@ -51,7 +51,7 @@ EQUIVALENT = {  # what these compute is the same, because ...
     "RowState.watch: self.expression = None => pass": "calculate rejects whatever has a bracket or = in it",
     "sequence_logps: logps = token_logps(model, states, mask, labels).sum(-1) => logps = token_logps(model, states, mask, labels).sum(1)": "there are two dimensions",
     "deduplicate: if all((jaccard(pieces, other) <= max_similarity for other in kept_pieces)): => if all((jaccard(other, pieces) <= max_similarity for other in kept_pieces)):": "jaccard is symmetric",
-    "make_pairs: similarity = jaccard(pieces[chosen], pieces[rejected]) => similarity = jaccard(pieces[rejected], pieces[chosen])": "jaccard is symmetric",
+    "make_pairs: pairs.sort(key=lambda pair: jaccard(pieces[pair.chosen], pieces[pair.rejected])) => pairs.sort(key=lambda pair: jaccard(pieces[pair.rejected], pieces[pair.chosen]))": "jaccard is symmetric",
 }  # fmt: skip
 
 
