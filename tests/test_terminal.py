@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
 
@@ -60,23 +61,28 @@ def draw(text: str) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+def without_times(lines: list[str], out: Path) -> list[str]:
+    """A run's lines without seconds and its folder's name."""
+    [timed] = [line for line in lines if " s. Tables and figures" in line]
+    lines.remove(timed)  # it says how many seconds the run took
+    lines = [re.sub(", [0-9]+ s left$", "", line) for line in lines]
+    return [line.replace(str(out), "OUT") for line in lines]
+
+
+@pytest.fixture(scope="module")
+def in_file(tmp_path_factory) -> list[str]:
+    """What the run writes to a file."""
+    out = tmp_path_factory.mktemp("in-file") / "run"
+    command = [sys.executable, "run.py", *SHORT, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return without_times(result.stdout.split("\n"), out)
+
+
 @pytest.mark.parametrize("columns", [80, 120])
-def test_the_screen_of_a_run_holds_complete_lines_only(columns, tmp_path):
+def test_the_screen_of_a_run_holds_complete_lines_only(columns, in_file, tmp_path):
     """Progress bars and logged lines share a terminal: a line written into an open bar loses its
     beginning, and a bar that stays leaves rubbish between the lines."""
-    command = [sys.executable, "run.py", *SHORT, "--out"]
-    on_screen = screen_of([*command, str(tmp_path / "screen")], columns)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    in_file = subprocess.run(
-        [*command, str(tmp_path / "file.")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    ).stdout.split("\n")
-    for name, lines in (("screen", on_screen), ("file.", in_file)):
-        [timed] = [line for line in lines if "ask the last model" in line]
-        lines.remove(timed)  # it says how many seconds the run took
-        lines[:] = [re.sub(", [0-9]+ s left$", "", line) for line in lines]
-        lines[:] = [line.replace(str(tmp_path / name), "OUT") for line in lines]
+    command = [sys.executable, "run.py", *SHORT, "--out", str(tmp_path / "run")]
+    on_screen = without_times(screen_of(command, columns), tmp_path / "run")
     assert on_screen == in_file
