@@ -38,7 +38,7 @@ class Tokenizer:
         """
         self.sentencepiece = read_vocabulary(Path(path))
         self.n_pieces = self.sentencepiece.get_piece_size()
-        self.vocab_size = self.n_pieces + N_SENTINELS
+        self.vocab_size = self.n_pieces + N_SENTINELS  # models round it up to a multiple of 128
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Turn text into ids that end in EOS; no more than max_length ids, EOS included."""
