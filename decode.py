@@ -382,7 +382,8 @@ def main() -> None:
             cut = "" if sample.finished else f" (cut at {MAX_NEW_TOKENS} tokens)"
             print(f"  {mark_forced(tokenizer, sample) or '(the model wrote nothing)'}{cut}")
         if len(samples) > 1:
-            answers = Counter(sample.text.partition("####")[2].strip() for sample in samples)
+            ends = [sample.text.rpartition("####") for sample in samples]
+            answers = Counter(answer.strip() if mark else "" for _, mark, answer in ends)
             [(answer, n)] = answers.most_common(1)
             print(f"  {n} of {len(samples)} samples end in #### {answer}")
     if args.question:

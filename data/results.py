@@ -38,7 +38,7 @@ def column_of(row: dict) -> str:
 
 
 def rounds_with(folder: Path, file: str) -> list[str]:
-    """The rounds of a run that have a file: st/round-1, and so on."""
+    """The rounds of a run that have a file (any, if it is ""): st/round-1, and so on."""
     rounds = []
     for method in ("st", "dpo-st"):
         number = 1

@@ -572,7 +572,7 @@ def test_forced_digits_are_the_calculators_and_close_the_bracket(
     assert sample.text == f"nuts [ {expression} = {result}] nuts. #### 9" and sample.finished
 
 
-@pytest.mark.parametrize("pieces, result", [(["[", " 3", " +", " 4", " ="], "7]"), (["[3 +", " 4="], "7]"), ([" [ 3 + 4="], "7]"),
+@pytest.mark.parametrize("pieces, result", [(["[", " 3", " +", " 4", " ="], "7]"), (["[ 3 +", " 4="], "7]"), (["[3 +", " 4="], "7]"), ([" [ 3 + 4="], "7]"),
                                             (["[ 3 + 4 = 9"], ""), (["[ 3 + 4", " =9"], ""), (["[ 3 + 4]", " ="], "")])  # fmt: skip
 def test_the_calculator_is_called_when_a_piece_ends_in_equals(tokenizer, pieces, result):
     """Pieces may hold more than `=`: `4=` ends the expression, too, but after `=9` the model has begun the result itself,

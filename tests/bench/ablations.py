@@ -227,7 +227,7 @@ def print_round(number: int, seeds: Sequence[int], names: Sequence[str], validat
     columns = ["accuracy", "minus the method as it is", "pseudo-labels", "correct"]
     columns += ["without an answer", "accuracy by seed"]
     print(f"| | {' | '.join(columns)} |")
-    print("|---" * 7 + "|")
+    print("|---" * (len(columns) + 1) + "|")
     usual_folders = [usual_folder(seed, validation) for seed in seeds]
     usual = look_up(usual_folders, f"dpo-st/round-{number}")
     print_row("as it is", usual, "")
